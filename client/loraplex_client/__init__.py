@@ -1,0 +1,69 @@
+"""Client of a loraplex server: sync and async, dataclasses in and out, typed errors.
+
+from loraplex_client import GREEDY, ChatMessage, Client
+
+with Client("127.0.0.1:8470") as client:
+    question = [ChatMessage("user", "order: 3 red mugs for Ada")]
+    for piece in client.stream(question, adapter="acme/orders@prod", sampling=GREEDY):
+        print(piece.text, end="")
+"""
+
+from loraplex_client.aio import AsyncClient, AsyncStream
+from loraplex_client.client import Client, Stream
+from loraplex_client.errors import (
+    AdapterNotFoundError,
+    AdapterRefusedError,
+    ContextTooLongError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+    PermissionDeniedError,
+    ServerFaultError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from loraplex_client.types import (
+    GREEDY,
+    AdapterInfo,
+    ChatMessage,
+    Completion,
+    Delta,
+    Header,
+    LoadProgress,
+    Prompt,
+    Sampling,
+    Timings,
+    TokenIds,
+    Usage,
+)
+
+__all__ = [
+    "GREEDY",
+    "AdapterInfo",
+    "AdapterNotFoundError",
+    "AdapterRefusedError",
+    "AsyncClient",
+    "AsyncStream",
+    "ChatMessage",
+    "Client",
+    "Completion",
+    "ContextTooLongError",
+    "DeadlineExceededError",
+    "Delta",
+    "Header",
+    "InvalidRequestError",
+    "LoadProgress",
+    "LoraplexError",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "Prompt",
+    "Sampling",
+    "ServerFaultError",
+    "Stream",
+    "Timings",
+    "TokenIds",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "Usage",
+]

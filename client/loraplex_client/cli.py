@@ -1,0 +1,117 @@
+"""The `loraplex` command: finds its subcommands among the installed parts, and `loraplex generate`.
+
+Subcommands are entry points of the group "loraplex.commands", so that the client alone installs a command
+that says what is missing, and never imports the server or the trainer itself.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import EntryPoint, entry_points, version
+
+from loraplex_client.client import Client
+from loraplex_client.errors import LoraplexError
+from loraplex_client.types import ChatMessage, Prompt, Sampling
+
+GROUP = "loraplex.commands"
+SUMMARIES = {
+    "demo": "watch the whole product work on this machine",
+    "generate": "call a running server",
+    "serve": "hold one base model and serve tenants' adapters over gRPC",
+    "train": "train an adapter, and publish it signed",
+}
+# Which extra brings the packages a command needs.
+EXTRAS = {"demo": "registry,server,trainer,cpu", "serve": "server,cpu", "train": "trainer"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`loraplex COMMAND ...`: gives the command's exit status; 2 for an unknown command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {point.name: point for point in entry_points(group=GROUP)}
+    if words and words[0] == "--version":
+        print(f"loraplex {version('loraplex')}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(commands))
+        return 0 if words else 2
+    if words[0] not in commands:
+        print(f"loraplex: unknown command {words[0]!r}\n\n{_usage(commands)}", file=sys.stderr)
+        return 2
+    run = _load(commands[words[0]])
+    return 1 if run is None else run(words[1:])
+
+
+def _load(point: EntryPoint) -> Callable[[Sequence[str]], int] | None:
+    try:
+        command: Callable[[Sequence[str]], int] = point.load()
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(point.name, point.name)
+        print(
+            f"loraplex {point.name}: the package {error.name!r} is not installed here; "
+            f"pip install 'loraplex[{extra}]' brings it",
+            file=sys.stderr,
+        )
+        return None
+    return command
+
+
+def _usage(commands: dict[str, EntryPoint]) -> str:
+    rows = [f"  {name:<10} {SUMMARIES.get(name, '')}".rstrip() for name in sorted(commands)]
+    return "\n".join(
+        [
+            "usage: loraplex COMMAND ...",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`loraplex COMMAND --help` tells more; adapters are kept with the `registry` command.",
+        ]
+    )
+
+
+def generate_main(arguments: Sequence[str] | None = None) -> int:
+    """`loraplex generate`: exit status 0, or 1 with one line saying why not."""
+    options = _generate_parser().parse_args(arguments)
+    prompt: Prompt = options.prompt if options.raw else (ChatMessage("user", options.prompt),)
+    sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    try:
+        with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY")) as client:
+            stream = client.stream(
+                prompt, adapter=options.adapter, sampling=sampling, timeout_s=options.timeout
+            )
+            for piece in stream:
+                if not options.json:
+                    print(piece.text, end="", flush=True)
+            print(json.dumps(asdict(stream.completion)) if options.json else "")
+    except LoraplexError as error:
+        print(f"loraplex generate: {error}" + (f" [{error.code}]" if error.code else ""), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraplex generate",
+        description="Generate text with a tenant's adapter. The API key comes from LORAPLEX_API_KEY.",
+    )
+    parser.add_argument("prompt", help="sent as a chat message of the user")
+    parser.add_argument(
+        "--adapter", default="", help="tenant/adapter[@tag]; without it the base model answers"
+    )
+    parser.add_argument("--server", default=os.environ.get("LORAPLEX_SERVER", "127.0.0.1:8470"))
+    parser.add_argument("--raw", action="store_true", help="send the prompt as it is, without chat template")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the whole call")
+    parser.add_argument("--json", action="store_true", help="print the whole completion as one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

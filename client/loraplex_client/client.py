@@ -1,0 +1,193 @@
+"""The synchronous client. Thread-safe: one client may be used by many threads.
+
+with Client("127.0.0.1:8470") as client:
+    print(client.generate("Hello", adapter="acme/orders@prod").text)
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from loraplex_client import _core
+from loraplex_client.types import (
+    AdapterInfo,
+    ChatMessage,
+    Completion,
+    ConnectionSettings,
+    Delta,
+    Header,
+    LoadProgress,
+    Prompt,
+    Sampling,
+)
+from loraplex_protos.v1 import adapters_pb2 as apb
+from loraplex_protos.v1 import adapters_pb2_grpc, generation_pb2_grpc
+
+_DEFAULT_SAMPLING = Sampling()
+
+
+class Stream:
+    """One running call: iterate it for deltas. Leaving the `with` block, or `cancel`, ends the call.
+
+    `header` is known from the first delta on, `completion` after the last.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._collector = _core.Collector()
+
+    def __iter__(self) -> Iterator[Delta]:
+        with _named_errors():
+            for message in self._call:
+                delta = self._collector.read(message)
+                if delta is not None:
+                    yield delta
+
+    @property
+    def header(self) -> Header | None:
+        """Who answers."""
+        return self._collector.header
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer. Raises ServerFaultError before the end."""
+        return self._collector.result()
+
+    def cancel(self) -> None:
+        """Stop generating; the server frees what it held."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Client:
+    """Calls a loraplex server. Every method raises the errors of `loraplex_client.errors`."""
+
+    def __init__(self, target: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+        """Args as in `ConnectionSettings`; nothing is sent before the first call."""
+        self._settings = ConnectionSettings(target=target, api_key=api_key, timeout_s=timeout_s)
+        self._channel = grpc.insecure_channel(target)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
+
+    def stream(
+        self,
+        prompt: Prompt | Iterable[ChatMessage],
+        *,
+        adapter: str = "",
+        sampling: Sampling = _DEFAULT_SAMPLING,
+        timeout_s: float | None = None,
+        request_id: str = "",
+    ) -> Stream:
+        """Start generating; iterate the result for the pieces of the answer.
+
+        Args:
+            prompt: raw text, chat messages, or token ids.
+            adapter: "tenant/adapter[@tag|@version|@sha256:...]"; "" for the base model.
+            sampling: how tokens are chosen.
+            timeout_s: for the whole call.
+            request_id: to find the call in the server's log.
+        """
+        request = _core.generate_request(prompt, adapter=adapter, sampling=sampling, request_id=request_id)
+        return Stream(self._generation.Generate(request, **self._options(timeout_s)))
+
+    def generate(
+        self,
+        prompt: Prompt | Iterable[ChatMessage],
+        *,
+        adapter: str = "",
+        sampling: Sampling = _DEFAULT_SAMPLING,
+        timeout_s: float | None = None,
+        request_id: str = "",
+    ) -> Completion:
+        """Generate a whole answer; arguments as `stream`."""
+        with self.stream(
+            prompt, adapter=adapter, sampling=sampling, timeout_s=timeout_s, request_id=request_id
+        ) as stream:
+            for _ in stream:
+                pass
+            return stream.completion
+
+    def list_adapters(self, *, timeout_s: float | None = None) -> Iterator[AdapterInfo]:
+        """This key's adapters that are on the server, sorted by name; pages are fetched as needed."""
+        token = ""
+        while True:
+            request = apb.ListAdaptersRequest(page_token=token)
+            with _named_errors():
+                page = self._adapters.ListAdapters(request, **self._options(timeout_s))
+            yield from map(_core.adapter_of, page.adapters)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def get_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """One adapter, resident or not."""
+        with _named_errors():
+            request = apb.GetAdapterRequest(adapter=adapter)
+            return _core.adapter_of(self._adapters.GetAdapter(request, **self._options(timeout_s)).adapter)
+
+    def load_adapter(self, adapter: str, *, timeout_s: float | None = None) -> Iterator[LoadProgress]:
+        """Bring an adapter in; the last step is "ready" and carries it."""
+        with _named_errors():
+            request = apb.LoadAdapterRequest(adapter=adapter)
+            for message in self._adapters.LoadAdapter(request, **self._options(timeout_s)):
+                yield _core.progress_of(message)
+
+    def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> bool:
+        """Free its slot once its requests have ended; whether it was there."""
+        with _named_errors():
+            request = apb.UnloadAdapterRequest(adapter=adapter)
+            return bool(self._adapters.UnloadAdapter(request, **self._options(timeout_s)).was_resident)
+
+    def pin_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring an adapter in and keep it from being evicted."""
+        with _named_errors():
+            request = apb.PinAdapterRequest(adapter=adapter)
+            return _core.adapter_of(self._adapters.PinAdapter(request, **self._options(timeout_s)).adapter)
+
+    def unpin_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Make a pinned adapter evictable again."""
+        with _named_errors():
+            request = apb.UnpinAdapterRequest(adapter=adapter)
+            return _core.adapter_of(self._adapters.UnpinAdapter(request, **self._options(timeout_s)).adapter)
+
+    def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers and serves (grpc.health.v1)."""
+        check = self._channel.unary_unary(_core.HEALTH_METHOD, bytes, bytes)
+        try:
+            return bool(check(b"", timeout=timeout_s) == _core.HEALTH_SERVING)
+        except grpc.RpcError:
+            return False
+
+    def close(self) -> None:
+        """End the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _options(self, timeout_s: float | None) -> dict[str, Any]:
+        timeout = self._settings.timeout_s if timeout_s is None else timeout_s
+        return {"timeout": timeout, "metadata": _core.call_metadata(self._settings)}
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as failed:
+        raise _core.error_of(failed) from None

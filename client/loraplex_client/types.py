@@ -1,0 +1,143 @@
+"""What goes into and comes out of calls: frozen dataclasses, no wire types."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One message; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A prompt given as token ids of the base model's tokenizer."""
+
+    ids: tuple[int, ...]
+
+
+# Raw text; or chat messages, rendered by the base model's chat template; or token ids.
+Prompt = str | tuple[ChatMessage, ...] | TokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. None leaves the server's default, named in generation.proto."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Who answers. `adapter` and `adapter_digest` are "" for the base model."""
+
+    request_id: str
+    base_model: str
+    base_digest: str
+    adapter: str
+    adapter_digest: str
+    adapter_was_resident: bool
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One or more new tokens and the text they complete."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens counted by the server."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds on the server, from the call's arrival."""
+
+    adapter_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole answer. `finish_reason` is "stop" or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    header: Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """One adapter version as the server sees it.
+
+    Attributes:
+        name: "tenant/adapter@sha256:<hex>".
+        state: "absent", "fetching", "loading", "resident" or "draining".
+    """
+
+    name: str
+    tenant: str
+    adapter: str
+    version: str
+    digest: str
+    state: str
+    rank: int
+    size_bytes: int
+    pinned: bool
+    active_requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadProgress:
+    """A step of bringing an adapter in: "resolve", "verify", "fetch", "load", "ready"; `adapter` with "ready"."""
+
+    phase: str
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    adapter: AdapterInfo | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionSettings:
+    """How to reach a server.
+
+    Attributes:
+        target: "host:port".
+        api_key: sent with every call; None where the server asks for none. Never shown in repr.
+        timeout_s: for calls that name none of their own.
+        metadata: more metadata to send with every call.
+    """
+
+    target: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout_s: float = 120.0
+    metadata: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,319 @@
+"""Wiring and life of the server: start, ready, drain, stop. `loraplex serve --config server.toml`.
+
+The gRPC port opens at once, with health NOT_SERVING, so that probes see a starting server; calls are let
+through when the engine answers. SIGTERM or SIGINT: health NOT_SERVING, running calls finish within
+`server.drain_s`, then everything is closed and the exit status is 0. When the engine dies the process ends
+with status 1 for its supervisor to start it again.
+"""
+
+import argparse
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex_registry.errors import RegistryError
+from loraplex_registry.registry import Registry
+from loraplex_registry.store import open_store
+from loraplex_registry.trust import TrustPolicy
+from loraplex_registry.weights import Limits
+from loraplex_server.admission import Admission
+from loraplex_server.auth import Authenticator
+from loraplex_server.config import Config, load_config, split_address
+from loraplex_server.engine import Engine
+from loraplex_server.engine_vllm import VllmEngine
+from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
+from loraplex_server.interceptors import CallInterceptor, abort_with
+from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.residency import Residency
+from loraplex_server.service import AdapterService, Backend, Gate, GenerationService
+from loraplex_server.versions import Versions, clear_staging
+
+_log = logging.getLogger(__name__)
+
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+)
+ENGINE_CHECK_INTERVAL_S = 1.0
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class App:
+    """One server. `start`, then `wait` for the engine to fail, then `stop`; all in one event loop."""
+
+    def __init__(
+        self, config: Config, *, engine: Engine | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self._config = config
+        self._cache_dir = cache_dir()
+        self._engine = engine or VllmEngine(config, cache_dir=self._cache_dir)
+        self._metrics = metrics or Metrics(tenants_max=config.limits.tenants_labelled_max)
+        self._gate = Gate()
+        self._health = _Health()
+        self._residency: Residency | None = None
+        self._grpc: Any = None
+        self._page: MetricsPage | None = None
+        self._staging_lock: int | None = None
+        self.port = 0
+        self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Open the ports, load the base model, let calls through.
+
+        Raises:
+            ConfigError: a setting, the keys file or the trust policy is wrong.
+            EngineUnavailableError: the engine did not come up.
+        """
+        authenticator = (
+            Authenticator.from_file(Path(self._config.auth.keys))
+            if self._config.auth.keys
+            else Authenticator(None)
+        )
+        policy = self._load_policy()
+        staging = self._claim_staging()
+        host, port = split_address(self._config.server.metrics_listen)
+        self._page = self._metrics.serve(host, port)
+        self.metrics_port = self._page.port
+        await self._open_port(authenticator)
+        await self._engine.start()
+        self._gate.open(self._backend(policy, staging))
+        await self._set_health(_SERVING)
+
+    async def wait(self) -> None:
+        """Watch the engine; returns never, raises EngineUnavailableError when it has died."""
+        while True:
+            await asyncio.sleep(ENGINE_CHECK_INTERVAL_S)
+            await self._engine.check()
+
+    async def stop(self, *, drain_s: float) -> None:
+        """Refuse new work, give running calls `drain_s` seconds, close everything. May be called twice."""
+        await self._health.enter_graceful_shutdown()
+        if self._grpc is not None:
+            await self._grpc.stop(drain_s)
+        self._gate.close()
+        if self._residency is not None:
+            await self._residency.close()
+        await self._engine.close()
+        if self._page is not None:
+            await asyncio.to_thread(self._page.close)
+            self._page = None
+        if self._staging_lock is not None:
+            os.close(self._staging_lock)
+            self._staging_lock = None
+
+    @property
+    def residency(self) -> Residency:
+        """The adapters in the engine; after `start`."""
+        assert self._residency is not None, "start() first"
+        return self._residency
+
+    def _load_policy(self) -> TrustPolicy | None:
+        if not self._config.registry.url:
+            return None
+        try:
+            return TrustPolicy.load(Path(self._config.registry.policy))
+        except RegistryError as error:
+            raise ConfigError(f"registry.policy: {error}") from error
+
+    def _claim_staging(self) -> Path:
+        """Take the staging directory for this process alone, and empty it of what an earlier one left."""
+        name = self._config.adapters.staging_dir
+        address = self._config.server.listen.replace(":", "-").strip("[]")
+        directory = Path(name) if name else self._cache_dir / "staging" / address
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(directory.with_name(directory.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise ConfigError(
+                f"adapters.staging_dir: {directory} is in use by another server; give this one its own"
+            ) from None
+        self._staging_lock = lock
+        clear_staging(directory)
+        return directory
+
+    async def _open_port(self, authenticator: Authenticator) -> None:
+        server = self._config.server
+        interceptor = CallInterceptor(
+            authenticator=authenticator,
+            metrics=self._metrics,
+            default_deadline_s=server.default_deadline_s,
+        )
+        self._grpc = grpc.aio.server(
+            interceptors=[interceptor],
+            options=[
+                ("grpc.max_receive_message_length", self._config.message_bytes_max),
+                ("grpc.max_send_message_length", self._config.message_bytes_max),
+                # Two servers must not share a port by accident.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(self._gate, self._metrics), self._grpc
+        )
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._set_health(_NOT_SERVING)
+        if server.reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        try:
+            self.port = self._grpc.add_insecure_port(server.listen)
+        except RuntimeError as error:
+            raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
+        await self._grpc.start()
+
+    def _backend(self, policy: TrustPolicy | None, staging: Path) -> Backend:
+        config = self._config
+        clock = time.monotonic
+        versions = None
+        if policy is not None:
+            versions = Versions(
+                registry=self._registry(),
+                policy=policy,
+                base=self._engine.base,
+                limits=Limits(max_rank=config.adapters.rank_max, max_bytes=config.adapter_bytes_max),
+                staging_dir=staging,
+                tag_ttl_s=config.registry.tag_ttl_s,
+                stale_s_max=config.registry.stale_s_max,
+                fetches_max=config.adapters.fetches_max,
+                clock=clock,
+            )
+        self._residency = Residency(
+            engine=self._engine,
+            source=versions or _NoSource(),
+            events=self._metrics,
+            slots=config.adapters.slots,
+            load_timeout_s=config.adapters.load_timeout_s,
+            clock=clock,
+        )
+        self._metrics.slots_total.set(config.adapters.slots)
+        self._metrics.slots_used.set_function(lambda: self.residency.slots_used)
+        self._metrics.pins.set_function(lambda: self.residency.pins)
+        return Backend(
+            engine=self._engine,
+            versions=versions,
+            residency=self._residency,
+            admission=Admission(
+                requests_max=config.limits.requests_max,
+                tenant_requests_max=config.limits.tenant_requests_max,
+            ),
+            model_name=config.model.name,
+            prompt_chars_max=config.limits.prompt_chars_max,
+        )
+
+    def _registry(self) -> Registry:
+        settings = self._config.registry
+        try:
+            store = open_store(
+                settings.url,
+                endpoint_url=settings.endpoint_url or None,
+                region=settings.region or None,
+            )
+        except RegistryError as error:
+            raise ConfigError(f"registry.url: {error}") from error
+        return Registry(store)
+
+    async def _set_health(self, status: Any) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+
+class _NoSource:
+    """Stands where a registry would: nothing resolves without one, so nothing is ever staged."""
+
+    async def stage(self, version: Any, progress: Any) -> Any:  # noqa: ARG002
+        raise AssertionError("no registry, yet an adapter was resolved")
+
+    async def discard(self, staged: Any) -> None:
+        """Nothing was staged."""
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """The library's health service, with our reason on an unknown name."""
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See grpc.health.v1."""
+        if request.service not in ("", *SERVICES):
+            await abort_with(context, "NOT_FOUND", f"no service {request.service[:200]!r} here")
+        return await super().Check(request, context)
+
+
+def cache_dir() -> Path:
+    """Where this user's derived files live: $XDG_CACHE_HOME/loraplex or ~/.cache/loraplex."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "loraplex"
+
+
+async def serve(config: Config) -> int:
+    """Run a server until a signal or the engine's death; gives the exit status."""
+    app = App(config)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    starting = asyncio.create_task(app.start())
+    signalled = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return 0
+        await starting
+        host = split_address(config.server.listen)[0]
+        print(
+            f"ready: {config.model.name} ({config.model.quantization}), gRPC on {host}:{app.port}, "
+            f"metrics on http://{host}:{app.metrics_port}/metrics",
+            flush=True,
+        )
+        watching = asyncio.create_task(app.wait())
+        await asyncio.wait({watching, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+        watching.cancel()
+        return 0
+    finally:
+        starting.cancel()
+        signalled.cancel()
+        await app.stop(drain_s=config.server.drain_s)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`loraplex serve`: exit status 0 after a signal, 1 when the engine failed, 2 for wrong settings."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex serve", description="Serve one base model and many tenants' adapters over gRPC."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="settings file (TOML); see docs/server.md")
+    parser.add_argument("--check", action="store_true", help="check the settings file and exit")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        config = load_config(options.config)
+        if options.check:
+            print(f"{options.config}: settings are valid")
+            return 0
+        import uvloop
+
+        return int(uvloop.run(serve(config)))
+    except ConfigError as error:
+        print(f"loraplex serve: {error}", file=sys.stderr)
+        return 2
+    except (ServerError, EngineUnavailableError) as error:
+        print(f"loraplex serve: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Settings of a server: one TOML file, read once, frozen.
+
+Promises: an unknown key refuses to start and names the nearest known one; a value of the wrong type or
+out of range names its key and the file; no default opens the server beyond loopback without credentials.
+Every limit of the server is a field here, with its unit in the name or the comment.
+"""
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from loraplex_server.errors import ConfigError
+
+QUANTIZATIONS = ("nf4", "int8", "none")
+DTYPES = ("bfloat16", "float16", "float32")
+# vLLM sizes its slots by one of these (vllm/config/lora.py).
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where the server listens and how it stops."""
+
+    listen: str = "127.0.0.1:8470"
+    metrics_listen: str = "127.0.0.1:8471"
+    reflection: bool = True
+    default_deadline_s: float = 300.0  # for calls that bring none
+    drain_s: float = 20.0  # given to running calls after SIGTERM
+    message_mib_max: int = 4  # one gRPC message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model: a Hugging Face id or a directory, and how the engine holds it."""
+
+    path: str
+    name: str = ""  # empty: the last part of `path`
+    quantization: str = "nf4"
+    dtype: str = "bfloat16"
+    context_tokens: int = 0  # 0: the model's own
+    batch_requests: int = 16  # sequences decoded together
+    kv_cache_gib: int = 1  # CPU only
+    gpu_memory_fraction: float = 0.9  # GPU only
+    eager: bool = False  # True: no compilation, quick start
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """How many adapters are held at once, and of what size."""
+
+    slots: int = 16  # adapters in the engine at the same time
+    rank_max: int = 16
+    size_mib_max: int = 512  # one adapter's weights file
+    staging_dir: str = ""  # empty: a private directory under the user's cache
+    load_timeout_s: float = 60.0  # from first byte to serving, waiting for a slot included
+    fetches_max: int = 4  # at the same time
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrySettings:
+    """Where adapters come from and whose signatures count. Without `url` only the base model is served."""
+
+    url: str = ""
+    policy: str = ""  # trust policy file
+    endpoint_url: str = ""  # S3 servers other than AWS
+    region: str = ""
+    tag_ttl_s: float = 5.0  # a moved tag is seen after at most this
+    stale_s_max: float = 3600.0  # resolved names keep serving this long while the store is down
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthSettings:
+    """Who may call. `keys` names a file of hashed API keys; without it only loopback may be listened on."""
+
+    keys: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSettings:
+    """Bounds on what callers can make the server hold."""
+
+    requests_max: int = 256  # accepted and not yet ended
+    tenant_requests_max: int = 64  # the same, for one tenant
+    prompt_chars_max: int = 1_000_000
+    tenants_labelled_max: int = 64  # tenants with metric series of their own; the rest share "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole file; one field per section."""
+
+    model: ModelSettings
+    server: ServerSettings = field(default_factory=ServerSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+
+    @property
+    def adapter_bytes_max(self) -> int:
+        """Largest weights file accepted, in bytes."""
+        return self.adapters.size_mib_max * _MIB
+
+    @property
+    def message_bytes_max(self) -> int:
+        """Largest gRPC message accepted, in bytes."""
+        return self.server.message_mib_max * _MIB
+
+    @property
+    def engine_rank(self) -> int:
+        """Rank of the engine's slots: the smallest vLLM allows that holds `adapters.rank_max`."""
+        return next(rank for rank in ENGINE_RANKS if rank >= self.adapters.rank_max)
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a settings file.
+
+    Paths in it that are relative are taken from the file's own directory.
+
+    Raises:
+        ConfigError: unreadable file, unknown section or key, wrong type, value out of range.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read settings {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return parse_config(document, origin=path)
+
+
+def parse_config(document: Mapping[str, Any], *, origin: Path) -> Config:
+    """Turn a parsed TOML document into settings; `origin` is named in errors and anchors relative paths.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    hints = get_type_hints(Config)
+    _refuse_unknown(document, known=hints, where="", origin=origin)
+    sections: dict[str, Any] = {}
+    for name, kind in hints.items():
+        values = document.get(name, {})
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{origin}: [{name}] must be a section")
+        sections[name] = _section(kind, values, name=name, origin=origin)
+    config = Config(**sections)
+    _check(config, origin)
+    return _anchored(config, origin.parent)
+
+
+def _section(kind: type, values: Mapping[str, Any], *, name: str, origin: Path) -> Any:
+    hints = get_type_hints(kind)
+    _refuse_unknown(values, known=hints, where=name, origin=origin)
+    for item in fields(kind):
+        if item.name not in values and item.default is MISSING:
+            raise ConfigError(f"{origin}: {name}.{item.name} is required")
+    checked = {
+        key: _typed(value, hints[key], key=f"{name}.{key}", origin=origin) for key, value in values.items()
+    }
+    return kind(**checked)
+
+
+def _refuse_unknown(values: Mapping[str, Any], *, known: Mapping[str, Any], where: str, origin: Path) -> None:
+    for key in values:
+        if key not in known:
+            full = f"{where}.{key}" if where else f"[{key}]"
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"{origin}: unknown setting {full}; did you mean {near[0]!r}?")
+
+
+def _typed(value: Any, kind: type, *, key: str, origin: Path) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{origin}: {key} must be {kind.__name__}, not {type(value).__name__} ({value!r})")
+    return value
+
+
+def _check(config: Config, origin: Path) -> None:
+    model, adapters, limits = config.model, config.adapters, config.limits
+    one_of = [
+        ("model.quantization", model.quantization, QUANTIZATIONS),
+        ("model.dtype", model.dtype, DTYPES),
+    ]
+    for key, value, allowed in one_of:
+        if value not in allowed:
+            raise ConfigError(f"{origin}: {key} must be one of {', '.join(allowed)}, not {value!r}")
+    ranges: list[tuple[str, float, float, float]] = [
+        ("model.context_tokens", model.context_tokens, 0, 10_000_000),
+        ("model.batch_requests", model.batch_requests, 1, 4096),
+        ("model.kv_cache_gib", model.kv_cache_gib, 1, 4096),
+        ("model.gpu_memory_fraction", model.gpu_memory_fraction, 0.05, 1),
+        ("model.seed", model.seed, 0, 2**32 - 1),
+        ("adapters.slots", adapters.slots, 2, 1024),
+        ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
+        ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
+        ("adapters.load_timeout_s", adapters.load_timeout_s, 0.1, 3600),
+        ("adapters.fetches_max", adapters.fetches_max, 1, 64),
+        ("registry.tag_ttl_s", config.registry.tag_ttl_s, 0, 3600),
+        ("registry.stale_s_max", config.registry.stale_s_max, 0, 7 * 86_400),
+        ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
+        ("server.drain_s", config.server.drain_s, 0, 3600),
+        ("server.message_mib_max", config.server.message_mib_max, 1, 256),
+        ("limits.requests_max", limits.requests_max, 1, 100_000),
+        ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),
+        ("limits.prompt_chars_max", limits.prompt_chars_max, 1, 100_000_000),
+        ("limits.tenants_labelled_max", limits.tenants_labelled_max, 1, 1000),
+    ]
+    for key, number, low, high in ranges:
+        if not low <= number <= high:
+            raise ConfigError(f"{origin}: {key} must be from {low:g} to {high:g}, not {number:g}")
+    if config.registry.url and not config.registry.policy:
+        raise ConfigError(
+            f"{origin}: registry.policy is required with registry.url: nothing is trusted without"
+        )
+    for key, address in (
+        ("server.listen", config.server.listen),
+        ("server.metrics_listen", config.server.metrics_listen),
+    ):
+        host, _ = split_address(address, key=key, origin=origin)
+        if key == "server.listen" and not config.auth.keys and not _is_loopback(host):
+            raise ConfigError(
+                f"{origin}: {key} = {address!r} is open to other machines: set auth.keys, or listen on 127.0.0.1"
+            )
+
+
+def split_address(address: str, *, key: str = "address", origin: Path = Path("settings")) -> tuple[str, int]:
+    """Split "host:port" ("[::1]:8470" for IPv6); port 0 lets the system choose.
+
+    Raises:
+        ConfigError: no port, or one outside 0..65535.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"{origin}: {key} must look like 127.0.0.1:8470, not {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _anchored(config: Config, folder: Path) -> Config:
+    """Make relative file names absolute, and a model path too where such a directory exists."""
+
+    def anchor(name: str) -> str:
+        return str((folder / name).resolve()) if name else name
+
+    model_dir = folder / config.model.path
+    model = replace(config.model, path=str(model_dir.resolve())) if model_dir.is_dir() else config.model
+    return replace(
+        config,
+        model=replace(model, name=model.name or Path(config.model.path).name),
+        registry=replace(config.registry, policy=anchor(config.registry.policy)),
+        auth=replace(config.auth, keys=anchor(config.auth.keys)),
+        adapters=replace(config.adapters, staging_dir=anchor(config.adapters.staging_dir)),
+    )

@@ -1,0 +1,314 @@
+"""The engine: vLLM's AsyncLLM with one quantized base model and LoRA on. The only module here that knows vLLM.
+
+Promises: the base is in memory once, whatever the number of adapters; adapters enter by `load` alone, before a
+request names them (a lazy load that fails inside a step ends vLLM for everybody); on CPU it refuses to start
+unless the correct LoRA wrapper is really in the model's layers; vLLM never evicts on its own, because it is
+never given more adapters than it has slots.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplex_registry.base import BaseModel
+from loraplex_registry.errors import UnsupportedAdapterError
+from loraplex_server.config import Config
+from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest, Sampling
+from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from loraplex_server.quantize import int8_checkpoint
+from loraplex_server.vllm_plugin import GROUPED_WRAPPER, WORKER_EXTENSION
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_log = logging.getLogger(__name__)
+
+# Files of a model repository that serving needs; code and other weight formats stay where they are.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+class VllmEngine:
+    """See `engine.Engine`. Start it inside the event loop that will use it."""
+
+    def __init__(self, config: Config, *, cache_dir: Path) -> None:
+        self._config = config
+        self._cache_dir = cache_dir
+        self._llm: AsyncLLM | None = None
+        self._base: BaseModel | None = None
+        self._tokenizer: Any = None
+        # One thread: Hugging Face tokenizers are not to be shared between threads.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._context_tokens = 0
+        self._vocab_size = 0
+
+    @property
+    def base(self) -> BaseModel:
+        """See `Engine.base`."""
+        assert self._base is not None, "start() first"
+        return self._base
+
+    @property
+    def context_tokens(self) -> int:
+        """See `Engine.context_tokens`."""
+        return self._context_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Engine.vocab_size`."""
+        return self._vocab_size
+
+    async def start(self) -> None:
+        """Load the base model.
+
+        Raises:
+            ConfigError: the model cannot be found or described.
+            EngineUnavailableError: vLLM did not come up, or would serve wrong answers.
+        """
+        directory = await asyncio.to_thread(model_directory, self._config.model.path)
+        self._base = await asyncio.to_thread(
+            BaseModel.from_directory, directory, name=self._config.model.name
+        )
+        self._tokenizer = await asyncio.to_thread(_load_tokenizer, directory)
+        served = directory
+        if self._config.model.quantization == "int8":
+            served = await asyncio.to_thread(
+                int8_checkpoint, directory, digest=self._base.digest, cache_dir=self._cache_dir
+            )
+        await self._start_vllm(served)
+        await self._refuse_wrong_lora()
+
+    async def _start_vllm(self, directory: Path) -> None:
+        _set_environment(self._config)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory))
+            settings = arguments.create_engine_config()
+            self._llm = AsyncLLM.from_vllm_config(settings, disable_log_stats=False)
+        except Exception as error:
+            raise EngineUnavailableError(
+                f"vLLM could not start {self._config.model.path}: {error}"
+            ) from error
+        self._context_tokens = settings.model_config.max_model_len
+        self._vocab_size = settings.model_config.get_vocab_size()
+
+    async def _refuse_wrong_lora(self) -> None:
+        """On CPU, ask every worker which LoRA wrapper its layers hold, and stop unless it is ours."""
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return
+        for wrapper in await self._vllm.collective_rpc("loraplex_lora_wrapper"):
+            if wrapper != GROUPED_WRAPPER:
+                await self.close()
+                raise EngineUnavailableError(
+                    f"LoRA on CPU would run through {wrapper or 'nothing'}, which mixes tenants' rows; is the "
+                    "vLLM plugin 'loraplex' switched off (VLLM_PLUGINS, LORAPLEX_CPU_LORA)?"
+                )
+
+    @property
+    def _vllm(self) -> "AsyncLLM":
+        if self._llm is None:
+            raise EngineUnavailableError("the engine is not running", retry_after_s=5.0)
+        return self._llm
+
+    async def encode_text(self, text: str) -> list[int]:
+        """See `Engine.encode_text`."""
+        return await self._in_tokenizer(lambda: self._tokenizer(text)["input_ids"])
+
+    async def encode_chat(self, turns: tuple[ChatTurn, ...]) -> list[int]:
+        """See `Engine.encode_chat`."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError("chat", "this base model has no chat template; send text")
+
+        def encode() -> list[int]:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            ids: list[int] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            return ids
+
+        from jinja2 import TemplateError
+
+        try:
+            return await self._in_tokenizer(encode)
+        except TemplateError as error:
+            raise InvalidRequestError("chat.messages", f"the chat template refused them: {error}") from None
+
+    async def _in_tokenizer(self, work: Any) -> list[int]:
+        ids: list[int] = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        return ids
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+        """See `Engine.generate`."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        outputs = self._vllm.generate(
+            {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
+            _sampling_params(request.sampling),
+            request.request_id,
+            lora_request=_lora_request(request.adapter) if request.adapter else None,
+        )
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    for chunk in _chunks(output):
+                        yield chunk
+        except EngineDeadError:
+            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+        except VLLMClientError as error:
+            raise InvalidRequestError("sampling", str(error)) from None
+        except EngineGenerateError as error:
+            raise EngineUnavailableError("the engine failed this request", retry_after_s=1.0) from error
+
+    async def load(self, adapter: EngineAdapter) -> None:
+        """See `Engine.load`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            loaded = await self._vllm.add_lora(_lora_request(adapter))
+        except EngineDeadError:
+            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+        except Exception as error:
+            _log.warning("vLLM refused %s: %s", adapter.name, error)
+            raise UnsupportedAdapterError(f"{adapter.name}: the engine refused these weights") from error
+        if not loaded:
+            raise UnsupportedAdapterError(f"{adapter.name}: the engine did not take these weights")
+
+    async def unload(self, slot_id: int) -> None:
+        """See `Engine.unload`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._vllm.remove_lora(slot_id)
+        except EngineDeadError:
+            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+
+    async def loaded(self) -> frozenset[int]:
+        """See `Engine.loaded`."""
+        return frozenset(await self._vllm.list_loras())
+
+    async def check(self) -> None:
+        """See `Engine.check`."""
+        if self._vllm.errored:
+            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0)
+
+    async def worker_memory(self) -> list[dict[str, int]]:
+        """Memory of each worker process in bytes: `rss`, `peak_rss`, `pss`."""
+        answer: list[dict[str, int]] = await self._vllm.collective_rpc("loraplex_memory")
+        return answer
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+        self._tokenizing.shutdown(wait=False)
+
+
+def model_directory(model: str) -> Path:
+    """Find a model's files: a directory as it is, anything else as a Hugging Face id (downloaded or cached).
+
+    Raises:
+        ConfigError: neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model.path: {model!r} is no directory here and could not be had as a Hugging Face model: "
+            f"{type(error).__name__}"
+        ) from error
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _set_environment(config: Config) -> None:
+    """Settings that vLLM takes from the environment only; what the operator set stays."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.model.kv_cache_gib))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _engine_arguments(config: Config, directory: Path) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "served_model_name": config.model.name,
+        "dtype": config.model.dtype,
+        "seed": config.model.seed,
+        "max_num_seqs": config.model.batch_requests,
+        "gpu_memory_utilization": config.model.gpu_memory_fraction,
+        "enforce_eager": config.model.eager,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        "enable_lora": True,
+        "max_loras": config.adapters.slots,
+        "max_cpu_loras": config.adapters.slots,
+        "max_lora_rank": config.engine_rank,
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if config.model.context_tokens:
+        arguments["max_model_len"] = config.model.context_tokens
+    if config.model.quantization == "nf4":
+        # In-flight by vllm-bnb-plugin: reads bf16 weights, keeps NF4 ones.
+        arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+    return arguments
+
+
+def _lora_request(adapter: EngineAdapter) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path))
+
+
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        ignore_eos=sampling.ignore_eos,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _chunks(output: Any) -> list[EngineChunk]:
+    chunks = []
+    for part in output.outputs:
+        if part.finish_reason not in (None, "stop", "length"):
+            raise EngineUnavailableError(f"the engine ended this request: {part.finish_reason}")
+        chunks.append(
+            EngineChunk(
+                text=part.text,
+                token_ids=tuple(part.token_ids),
+                cached_tokens=output.num_cached_tokens or 0,
+                finish_reason=part.finish_reason,
+            )
+        )
+    return chunks

@@ -1,0 +1,84 @@
+"""Put loraplex's LoRA code into vLLM, through vLLM's public plugin entry point.
+
+vLLM calls `register()` in every process it starts (frontend, engine core, workers) because it is named under
+the entry point group ``vllm.general_plugins``. On a CPU platform `register()` makes
+``current_platform.get_punica_wrapper()`` name `loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper`
+instead of vLLM's own class, which gives base-model rows the weights of the last adapter slot when they
+share a batch with LoRA rows. On any other platform it changes nothing: the GPU kernels are not affected by
+that fault.
+
+Importing this module does nothing and imports neither torch nor vLLM. Environment:
+
+``LORAPLEX_CPU_LORA``
+    ``grouped`` (default) or ``stock``. ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks
+    and for the test that shows the fault, and the loraplex server refuses to serve with it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+CPU_LORA_ENV: Final = "LORAPLEX_CPU_LORA"
+GROUPED_WRAPPER: Final = "loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper"
+STOCK_WRAPPER: Final = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+WORKER_EXTENSION: Final = "loraplex_server.vllm_plugin.worker.WorkerExtension"
+
+
+class PluginHookError(RuntimeError):
+    """vLLM does not have the shape this plugin was written for, or the plugin's own setting is unknown.
+
+    Raised while an engine starts, so that a vLLM upgrade that moves the hook stops the engine instead of
+    silently serving with the faulty wrapper.
+    """
+
+    code: Final = "ENGINE_UNAVAILABLE"
+
+
+def register() -> None:
+    """Install the grouped CPU LoRA wrapper in this process; does nothing on platforms other than CPU.
+
+    Calling it again is harmless.
+
+    Raises:
+        PluginHookError: ``LORAPLEX_CPU_LORA`` has an unknown value, or vLLM's hook is not where it was.
+
+    """
+    choice = os.environ.get(CPU_LORA_ENV, "grouped")
+    if choice not in ("grouped", "stock"):
+        raise PluginHookError(f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'grouped' or 'stock'")
+    if choice == "stock":
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        install(type(current_platform))
+
+
+def install(platform: Any) -> None:
+    """Make `platform.get_punica_wrapper()` name the grouped wrapper.
+
+    Args:
+        platform: the class of vLLM's current platform, a CPU one.
+
+    Raises:
+        PluginHookError: the method is missing, or names a wrapper other than the stock CPU one or ours
+        (another
+            plugin got there first, or vLLM changed): nothing is replaced that we do not know.
+
+    """
+    current = getattr(platform, "get_punica_wrapper", None)
+    if not callable(current):
+        raise PluginHookError(
+            f"{platform.__name__} has no get_punica_wrapper(): this vLLM moved the hook that makes LoRA on "
+            f"CPU correct; use the vLLM version loraplex pins, or set {CPU_LORA_ENV}=stock outside the server"
+        )
+    named = current()
+    if named == GROUPED_WRAPPER:
+        return
+    if named != STOCK_WRAPPER:
+        raise PluginHookError(
+            f"{platform.__name__}.get_punica_wrapper() names {named!r}, expected {STOCK_WRAPPER!r}: "
+            "remove the other plugin or use the vLLM version loraplex pins"
+        )
+    platform.get_punica_wrapper = classmethod(lambda _cls: GROUPED_WRAPPER)

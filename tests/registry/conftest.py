@@ -1,0 +1,135 @@
+"""Fixtures: one tiny base, a few keys, and every store the product has."""
+
+import datetime as dt
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from loraplex_registry.base import BaseModel
+from loraplex_registry.registry import Registry
+from loraplex_registry.signing import Signer
+from loraplex_registry.store import Store, open_store
+from loraplex_registry.trust import TrustPolicy
+
+from tests import s3_server
+from tests.registry import builders
+
+NOW = dt.datetime(2026, 6, 1, 12, 0, 0, tzinfo=dt.UTC)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[s3_server.S3Server]:
+    """A real S3 server on loopback; its environment is set for the whole session."""
+    if s3_server.executable() is None:
+        pytest.skip("ministack is not installed")
+    with s3_server.running() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of key pairs: acme, globex (ECDSA P-256) and acme25519 (Ed25519)."""
+    directory = tmp_path_factory.mktemp("keys")
+    builders.make_signer(directory, "acme")
+    builders.make_signer(directory, "globex")
+    builders.make_signer(directory, "acme25519", algorithm="ed25519")
+    return directory
+
+
+@pytest.fixture
+def signer(keys: Path) -> Signer:
+    """The key of tenant acme."""
+    return builders.load_signer(keys / "acme.key")
+
+
+@pytest.fixture(scope="session")
+def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base's checkpoint directory."""
+    return builders.make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base(base_directory: Path) -> BaseModel:
+    """The tiny base."""
+    return BaseModel.from_directory(base_directory)
+
+
+@pytest.fixture
+def policy(keys: Path) -> TrustPolicy:
+    """Trusts acme's key for acme and nothing else."""
+    return builders.acme_policy(keys)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A good adapter directory."""
+    return builders.make_adapter(tmp_path / "orders")
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["local", "s3"])
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
+    """Makes an empty store of each kind."""
+
+    def make() -> Store:
+        number = next(_numbers)
+        if request.param == "local":
+            store = open_store((tmp_path / f"store-{number}").as_uri())
+        else:
+            server = request.getfixturevalue("s3")
+            store = open_store(server.make_bucket(f"bucket-{number}") + "/some/prefix")
+        store.prepare()
+        return store
+
+    return make
+
+
+@pytest.fixture
+def store(new_store: Callable[[], Store]) -> Store:
+    """One empty store of each kind."""
+    return new_store()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """One empty store in a directory."""
+    store = open_store((tmp_path / "local").as_uri())
+    store.prepare()
+    return store
+
+
+@dataclass
+class Clock:
+    """A clock that stands still until it is told."""
+
+    now: dt.datetime = field(default=NOW)
+
+    def __call__(self) -> dt.datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += dt.timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock at 2026-06-01 12:00 UTC."""
+    return Clock()
+
+
+@pytest.fixture
+def registry(store: Store, clock: Clock) -> Registry:
+    """A registry on each kind of store."""
+    return Registry(store, clock=clock)
+
+
+@pytest.fixture
+def local_registry(local: Store, clock: Clock) -> Registry:
+    """A registry in a directory."""
+    return Registry(local, clock=clock)
