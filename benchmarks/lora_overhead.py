@@ -34,7 +34,8 @@ PREFILL_TOKENS = 600
 @dataclass(frozen=True)
 class Case:
     """One thing measured of one engine; `rows` holds an adapter number, or None for the base, per
-    sequence."""
+    sequence.
+    """
 
     name: str
     engine: str

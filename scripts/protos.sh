@@ -1,5 +1,5 @@
 #!/bin/sh
-# Generates the committed stubs and the golden descriptor; with --check only compares them with what is committed.
+# Generates the committed stubs; with --check only compares them with what is committed.
 set -eu
 cd "$(dirname "$0")/.."
 bin=$PWD/.venv-protos/bin
@@ -12,7 +12,6 @@ fi
 "$bin/python" -m grpc_tools.protoc -I protos \
 	--plugin=protoc-gen-mypy="$bin/protoc-gen-mypy" --plugin=protoc-gen-mypy_grpc="$bin/protoc-gen-mypy_grpc" \
 	--python_out="$out" --grpc_python_out="$out" --mypy_out=quiet:"$out" --mypy_grpc_out=quiet:"$out" \
-	--include_imports --descriptor_set_out="$out/loraplex_protos/v1/descriptor.binpb" \
 	protos/loraplex_protos/v1/generation.proto \
 	protos/loraplex_protos/v1/adapters.proto \
 	protos/loraplex_protos/v1/status.proto

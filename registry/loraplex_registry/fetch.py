@@ -39,7 +39,15 @@ from .manifest import Manifest
 from .record import StoredFile
 from .store import Store
 from .trust import VerifiedManifest
-from .weights import BUNDLE_NAME, MANIFEST_NAME, WEIGHTS_NAME, Limits, open_regular, validate_adapter
+from .weights import (
+    BUNDLE_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    AdapterFacts,
+    Limits,
+    open_regular,
+    validate_adapter,
+)
 
 _HASH_CHUNK_BYTES: Final = 1 << 20
 _TEMPORARY: Final = ".tmp-"
@@ -81,11 +89,13 @@ def stage(
     final = root / verified.digest.replace(":", "-")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not _is_right(final, verified, config):
-        _remove(final)
-        _stage_new(store, verified, root, final, base=base, limits=limits, config=config, progress=progress)
-        if not _is_right(final, verified, config):
+        _discard_wrong(root, final, verified, config)
+        made = _stage_new(
+            store, verified, root, final, base=base, limits=limits, config=config, progress=progress
+        )
+        if not made and not _is_right(final, verified, config):
             raise DigestMismatchError(
-                f"{final} changed right after it was written; something else writes there."
+                f"{final} is wrong although another fetch just made it; look who writes there."
             )
     size = manifest.file(WEIGHTS_NAME).size + len(config)
     return StagedAdapter(verified.digest, final, manifest, size, manifest.lora.rank)
@@ -105,7 +115,8 @@ def pull(
         base = _pulled_base(temporary, verified)
         validate_adapter(temporary, base, limits)
         temporary.chmod(0o755)
-        _rename_into(temporary, target)
+        if not _rename_into(temporary, target):
+            raise ConflictError(f"{target} was made by somebody else meanwhile; name a new one.")
 
 
 def stored_bytes(store: Store, verified: VerifiedManifest, name: str) -> bytes:
@@ -142,20 +153,29 @@ def _stage_new(
     limits: Limits,
     config: bytes,
     progress: Progress | None,
-) -> None:
+) -> bool:
+    """Download, check and publish a directory; False when another fetch published one first."""
     with _temporary_directory(root) as temporary:
         _download_all(store, verified, temporary, [CONFIG_NAME, WEIGHTS_NAME], progress)
         facts = validate_adapter(temporary, base, limits, progress=progress)
-        if facts.rank != verified.manifest.lora.rank:
-            raise UnsupportedAdapterError(
-                f"{verified.ref} has rank {facts.rank}, its manifest says otherwise; publish again."
-            )
+        _check_facts(facts, verified)
         (temporary / CONFIG_NAME).unlink()
         _write(temporary / CONFIG_NAME, config)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             (temporary / name).chmod(0o444)
         temporary.chmod(0o555)
-        _rename_into(temporary, final)
+        return _rename_into(temporary, final)
+
+
+def _check_facts(facts: AdapterFacts, verified: VerifiedManifest) -> None:
+    """Compare what was read back from disk with what was signed."""
+    signed = {file.name: file.sha256 for file in verified.manifest.files}
+    if any(signed[file.name] != file.sha256 for file in facts.files):
+        raise DigestMismatchError(f"{verified.ref} differs on disk from what was signed; check the disk.")
+    if facts.rank != verified.manifest.lora.rank:
+        raise UnsupportedAdapterError(
+            f"{verified.ref} has rank {facts.rank}, its manifest says otherwise; publish it again."
+        )
 
 
 def _download_all(
@@ -289,24 +309,51 @@ def _sweep(root: Path) -> None:
                 os.close(lock)
 
 
-def _rename_into(temporary: Path, final: Path) -> None:
-    """Publish a directory under its name; when another fetch was first, its result stands."""
+def _discard_wrong(root: Path, final: Path, verified: VerifiedManifest, config: bytes) -> None:
+    """Move a wrong copy out of the way.
+
+    Under the root's lock and after a second look, so that a good copy another fetch has just made is never moved.
+    """
+    with _locked(root):
+        if not os.path.lexists(final) or _is_right(final, verified, config):
+            return
+        grave = root / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        os.rename(final, grave)
+    _remove(grave)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _rename_into(temporary: Path, final: Path) -> bool:
+    """Publish a directory under its name; False when there is one already, which stays."""
     try:
         os.rename(temporary, final)
     except OSError:
         if not final.is_dir():
             raise
-        return
+        return False
     descriptor = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return True
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory we made, read-only or not."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    """Remove a directory we made, read-only or not, or whatever took its place."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
         path.chmod(0o700)
     shutil.rmtree(path, ignore_errors=True)
 

@@ -1,4 +1,6 @@
-"""A store in an S3 bucket, or in anything that speaks S3 with conditional writes. The only module that knows boto3.
+"""A store in an S3 bucket, or in anything that speaks S3 with conditional writes.
+
+The only module that knows the AWS SDK (boto3, of which it uses the lower half, botocore).
 
 - create is `PutObject If-None-Match: *`, swap is `PutObject If-Match: <etag>`; the SDK's own retries are off for both,
   since a retried conditional write that had succeeded answers 412 (trino#27400). 409 means that S3 did not apply
@@ -13,13 +15,14 @@ Error messages name the bucket, the operation and S3's error code, never a crede
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TypeVar
 
@@ -90,7 +93,8 @@ class S3Store:
         self._checksums: Any = checksums
         self._timeout_s = timeout_s
         self._clients: dict[int, S3Client] = {}
-        self._lock = threading.Lock()  # guards _clients
+        self._session: Any = None
+        self._lock = threading.Lock()  # guards _clients and _session
 
     @property
     def url(self) -> str:
@@ -351,10 +355,9 @@ class S3Store:
             return self._clients[attempts]
 
     def _new_client(self, attempts: int) -> S3Client:
-        import boto3
         from botocore.config import Config
 
-        session = boto3.session.Session()
+        session = self._session = self._session or _new_session()
         config: Any = Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=self._timeout_s,
@@ -365,8 +368,28 @@ class S3Store:
             # Look-alikes rarely serve one host name per bucket; AWS itself is addressed as the SDK thinks best.
             s3={"addressing_style": "path" if self._endpoint_url else "auto"},
         )
-        region = self._region or session.region_name or "us-east-1"
-        return session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+        region = self._region or session.get_config_variable("region") or "us-east-1"
+        client: S3Client = session.create_client(
+            "s3", endpoint_url=self._endpoint_url, region_name=region, config=config
+        )
+        return client
+
+
+@functools.cache
+def _loader() -> Any:
+    """The SDK's service descriptions: 0.2 s to parse, the same for every client, so parsed once per process."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
+def _new_session() -> Any:
+    """A session of botocore, the part of boto3 that makes clients; the rest of boto3 is not needed here."""
+    from botocore.session import get_session
+
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    return session
 
 
 class _BusyError(StoreUnavailableError):
@@ -422,12 +445,21 @@ def _refuse_changed(source: BinaryIO, name: str, file: FileEntry, error: StoreEr
 
 
 def _body(answer: Any, limit_bytes: int) -> bytes:
-    """Read at most `limit_bytes` of an answer's body."""
+    """Read at most `limit_bytes` of an answer's body.
+
+    Reads until the end or the limit, because the SDK notices a body that broke off only at the read after the last.
+    """
     from botocore import exceptions as sdk
 
+    chunks: list[bytes] = []
+    left = limit_bytes
     try:
-        with answer["Body"] as body:
-            return body.read(limit_bytes)  # type: ignore[no-any-return]
+        # Not `with answer["Body"]`: that yields urllib3's stream, which takes a broken end for an end.
+        with closing(answer["Body"]) as body:
+            while left > 0 and (chunk := body.read(left)):
+                chunks.append(chunk)
+                left -= len(chunk)
+        return b"".join(chunks)
     except (sdk.HTTPClientError, sdk.IncompleteReadError) as error:
         raise _BrokenBodyError from error
 

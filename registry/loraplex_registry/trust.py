@@ -268,22 +268,24 @@ def _check_binding(manifest: Manifest, ref: AdapterRef, version: int) -> None:
 
 def _check_files(manifest: Manifest, signed: dict[str, str], record: CommittedRecord) -> None:
     listed = {file.name: file.sha256 for file in manifest.files}
-    if {
-        **listed,
-        MANIFEST_NAME: manifest.digest.removeprefix("sha256:"),
-    } != signed or MANIFEST_NAME in listed:
+    own = {MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
+    if MANIFEST_NAME in listed or listed | own != signed:
         raise SignatureInvalidError(
-            "The signed files are not exactly those the manifest lists; sign the adapter again."
+            "The signed files are not exactly those the manifest lists; sign it again."
         )
     if not {CONFIG_NAME, WEIGHTS_NAME} <= listed.keys():
         raise SignatureInvalidError(
             f"The manifest lacks {CONFIG_NAME} or {WEIGHTS_NAME}; publish the adapter again."
         )
-    stored = [(file.name, file.size, file.sha256) for file in record.files]
-    if stored != [(file.name, file.size, file.sha256) for file in manifest.files]:
+    if [file.name for file in record.files] != [file.name for file in manifest.files]:
         raise DigestMismatchError(
             "The record stores other files than were signed; publish the adapter again."
         )
+    for stored, wanted in zip(record.files, manifest.files, strict=True):
+        if (stored.size, stored.sha256) != (wanted.size, wanted.sha256):
+            raise DigestMismatchError(
+                f"{stored.name} differs from the signed digest; get or publish it again."
+            )
 
 
 def _check_tag(ref: AdapterRef, tag: TagObject | None, rule: Rule, now: dt.datetime) -> int:

@@ -8,6 +8,7 @@ shows the caller an id, and the log the rest. Health and reflection are open to 
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,7 +30,12 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call in progress; times are of the event loop's clock, in seconds."""
+    """One call in progress.
+
+    Attributes:
+        arrived: `time.monotonic()` in seconds: uvloop's own clock counts whole milliseconds.
+        deadline: of the event loop's clock, in seconds.
+    """
 
     id: str
     method: str
@@ -86,8 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, behaviour: Callable[..., Awaitable[Any]], *, method: str, authorization: object
     ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
-            loop = asyncio.get_running_loop()
-            arrived = loop.time()
+            arrived = time.monotonic()
             call_id = secrets.token_hex(8)
             who, reason = "-", "OK"
             try:
@@ -97,7 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 who = f"{principal.tenant}/{principal.name}"
                 if isinstance(request, _Undecodable):
                     raise InvalidRequestError("message", f"cannot be decoded as the request of {method}")
-                deadline = arrived + self._budget(context)
+                deadline = asyncio.get_running_loop().time() + self._budget(context)
                 _CALL.set(
                     Call(id=call_id, method=method, principal=principal, arrived=arrived, deadline=deadline)
                 )
@@ -110,7 +115,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 reason = failed.reason
                 await _abort(context, failed)
             finally:
-                self._log_access(method, who, reason, call_id, loop.time() - arrived)
+                self._log_access(method, who, reason, call_id, time.monotonic() - arrived)
 
         return call
 

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import hmac
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ _PHASES = {
     "resolve": apb.LOAD_PHASE_RESOLVE,
     "verify": apb.LOAD_PHASE_VERIFY,
     "fetch": apb.LOAD_PHASE_FETCH,
+    "check": apb.LOAD_PHASE_CHECK,
     "load": apb.LOAD_PHASE_LOAD,
 }
 _FINISH = {"stop": gpb.FINISH_REASON_STOP, "length": gpb.FINISH_REASON_LENGTH}
@@ -149,7 +151,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._metrics.prompt_seen(account.tenant, tokens=len(request.prompt_ids))
         async with aclosing(self._gate.backend.engine.generate(request)) as chunks:
             async for chunk in chunks:
-                account.chunk(chunk, asyncio.get_running_loop().time())
+                account.chunk(chunk, time.monotonic())
                 if chunk.token_ids or chunk.text:
                     await context.write(_delta(chunk))
         await context.write(account.end(prompt_tokens=len(request.prompt_ids)))
@@ -211,7 +213,7 @@ class _Account:
 
     def adapter_ready(self, *, was_resident: bool) -> None:
         """The adapter is leased."""
-        self._adapter_s = asyncio.get_running_loop().time() - self._arrived
+        self._adapter_s = time.monotonic() - self._arrived
         self._metrics.adapter_ready(self._adapter_s, was_resident=was_resident)
 
     def chunk(self, chunk: EngineChunk, now: float) -> None:
@@ -338,7 +340,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                         phase=_PHASES[phase],
                         done_bytes=done,
                         total_bytes=total,
-                        elapsed_s=loop.time() - call.arrived,
+                        elapsed_s=time.monotonic() - call.arrived,
                     )
                 )
             ready = _adapter(await task)
@@ -346,7 +348,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             task.cancel()
         await context.write(
             apb.LoadAdapterResponse(
-                phase=apb.LOAD_PHASE_READY, elapsed_s=loop.time() - call.arrived, adapter=ready
+                phase=apb.LOAD_PHASE_READY, elapsed_s=time.monotonic() - call.arrived, adapter=ready
             )
         )
 

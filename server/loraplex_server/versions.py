@@ -23,7 +23,7 @@ from loraplex_registry.weights import Limits
 
 CACHED_NAMES_MAX = 10_000
 
-# Called with a phase ("resolve", "verify", "fetch") and the bytes done and expected so far.
+# Called with a phase ("resolve", "verify", "fetch", "check") and the bytes done and expected so far.
 Progress = Callable[[str, int, int], None]
 
 

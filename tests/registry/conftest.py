@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from loraplex_registry.base import BaseModel
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.store import Store, open_store
 from loraplex_registry.trust import TrustPolicy
-
 from tests import s3_server
 from tests.registry import builders
 
@@ -28,6 +28,12 @@ def s3() -> Iterator[s3_server.S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def bucket(s3: s3_server.S3Server) -> str:
+    """One bucket; every store gets a prefix of its own in it."""
+    return s3.make_bucket("loraplex-tests")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +89,8 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], St
             store = open_store((tmp_path / f"store-{number}").as_uri())
         else:
             server = request.getfixturevalue("s3")
-            store = open_store(server.make_bucket(f"bucket-{number}") + "/some/prefix")
+            store = open_store(f"{request.getfixturevalue('bucket')}/some/prefix-{number}")
+            assert server.process.poll() is None
         store.prepare()
         return store
 

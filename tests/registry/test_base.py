@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_registry.base import BaseModel
-from loraplex_registry.errors import SettingsError
 from safetensors.numpy import save_file
 
+from loraplex_registry.base import BaseModel
+from loraplex_registry.errors import SettingsError
 from tests.registry import builders
 
 modules = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,3}", fullmatch=True)
@@ -43,7 +43,9 @@ def test_a_tied_output_layer_appears_with_the_shape_of_the_embedding(base: BaseM
     assert "lm_head" not in untied.layers
 
 
-def test_the_digest_follows_every_byte_of_the_checkpoint_and_not_its_place(base: BaseModel, tmp_path: Path) -> None:
+def test_the_digest_follows_every_byte_of_the_checkpoint_and_not_its_place(
+    base: BaseModel, tmp_path: Path
+) -> None:
     copy = builders.make_base(tmp_path / "copy")
     assert BaseModel.from_directory(copy).digest == base.digest
     body = bytearray((copy / "model.safetensors").read_bytes())
@@ -60,7 +62,9 @@ def test_packed_four_bit_layers_get_their_true_shape(
     method: str, shape: tuple[int, int], expected: tuple[int, int], tmp_path: Path
 ) -> None:
     builders.make_base(tmp_path, quantization_config={"quant_method": method, "bits": 4})
-    save_file({"model.layers.0.mlp.up_proj.qweight": np.zeros(shape, np.int32)}, tmp_path / "packed.safetensors")
+    save_file(
+        {"model.layers.0.mlp.up_proj.qweight": np.zeros(shape, np.int32)}, tmp_path / "packed.safetensors"
+    )
     assert BaseModel.from_directory(tmp_path).layers["model.layers.0.mlp.up_proj"] in {expected}
 
 
@@ -71,7 +75,14 @@ def test_a_directory_without_checkpoint_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"fmt": 2}, {"fmt": True}, {"extra": 1}, {"digest": "sha256:x"}, {"layers": {"../x": [1, 2]}}, {"layers": {"a": [1]}}],
+    [
+        {"fmt": 2},
+        {"fmt": True},
+        {"extra": 1},
+        {"digest": "sha256:x"},
+        {"layers": {"../x": [1, 2]}},
+        {"layers": {"a": [1]}},
+    ],
 )
 def test_a_card_of_another_form_is_refused(change: dict[str, object], base: BaseModel) -> None:
     card = {**json.loads(base.to_json()), **change}

@@ -6,9 +6,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loraplex_registry.errors import SignatureInvalidError
 from loraplex_registry.manifest import BaseEntry, FileEntry, LoraEntry, Manifest
-
 from tests.registry.test_refs import digests, names
 
 texts = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
@@ -75,7 +75,10 @@ MANIFEST = Manifest(
     created="2026-06-01T12:00:00Z",
     base_model=BaseEntry("tiny", "sha256:" + "0" * 64, 40, 16, 128),
     lora=LoraEntry(4, 4, 8.0, False, "F32", ("q_proj",), 8, 448),
-    files=(FileEntry("adapter_config.json", 10, "1" * 64), FileEntry("adapter_model.safetensors", 20, "2" * 64)),
+    files=(
+        FileEntry("adapter_config.json", 10, "1" * 64),
+        FileEntry("adapter_model.safetensors", 20, "2" * 64),
+    ),
 )
 
 
@@ -103,7 +106,12 @@ def test_same_content_ignores_version_and_time_and_nothing_else() -> None:
         {"files": []},
         {"files": [{"name": "../x", "size": 1, "sha256": "0" * 64}]},
         {"files": [{"name": "x", "size": 1, "sha256": "0" * 63}]},
-        {"files": [{"name": "b", "size": 1, "sha256": "0" * 64}, {"name": "a", "size": 1, "sha256": "0" * 64}]},
+        {
+            "files": [
+                {"name": "b", "size": 1, "sha256": "0" * 64},
+                {"name": "a", "size": 1, "sha256": "0" * 64},
+            ]
+        },
     ],
 )
 def test_a_manifest_out_of_shape_is_refused(change: dict[str, object]) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loraplex_registry import layout
 from loraplex_registry.errors import InvalidReferenceError
 from loraplex_registry.refs import AdapterRef
 
-names = st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda name: ".." not in name)
+names = st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?", fullmatch=True).filter(
+    lambda name: ".." not in name
+)
 tags = names.filter(lambda name: name[0].isalpha())
 digests = st.text("0123456789abcdef", min_size=64, max_size=64).map("sha256:{}".format)
 refs = st.builds(AdapterRef, names, names) | st.one_of(

@@ -1,5 +1,6 @@
 """Validation of adapter directories: what passes, what is refused and with which reason."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,16 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loraplex_registry.base import BaseModel
 from loraplex_registry.errors import (
     BaseMismatchError,
     RankTooLargeError,
-    RegistryError,
     UnsupportedAdapterError,
 )
 from loraplex_registry.lora_config import read_config
 from loraplex_registry.weights import Limits, validate_adapter
-
 from tests.registry import builders
 
 WEIGHTS = "adapter_model.safetensors"
@@ -88,7 +88,9 @@ def test_a_configuration_as_peft_writes_it_passes(tmp_path: Path, base: BaseMode
 
 
 def test_the_configuration_given_to_an_engine_means_the_same_and_holds_nothing_else() -> None:
-    config = builders.adapter_config(use_rslora=True, rank_pattern={"b.q_proj": 2, "a.q_proj": 3}, revision="main")
+    config = builders.adapter_config(
+        use_rslora=True, rank_pattern={"b.q_proj": 2, "a.q_proj": 3}, revision="main"
+    )
     original = read_config(json.dumps(config).encode(), rank_max=8)
     again = read_config(original.to_json(), rank_max=8)
     assert again == original
@@ -103,7 +105,10 @@ def test_a_rank_pattern_gives_its_modules_their_own_rank(tmp_path: Path, base: B
         name = f"{Q0}.lora_{half}.weight"
         tensors[name] = np.ascontiguousarray(np.take(tensors[name], [0, 1], axis=axis))
     config = builders.adapter_config(rank_pattern={"layers.0.self_attn.q_proj": 2})
-    assert validate_adapter(builders.make_adapter(tmp_path / "a", tensors=tensors, config=config), base).rank == 4
+    assert (
+        validate_adapter(builders.make_adapter(tmp_path / "a", tensors=tensors, config=config), base).rank
+        == 4
+    )
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(UnsupportedAdapterError, match="says rank 4"):
         validate_adapter(builders.make_adapter(tmp_path / "a", tensors=tensors), base)
@@ -123,7 +128,17 @@ def test_an_embedding_adapter_passes_with_the_right_shapes(tmp_path: Path, base:
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_model.bin", "weights.pt", "x.pkl", "optimizer.PTH", "run.py", "tokenizer.json", "lib.so", "license", ".hidden"],
+    [
+        "adapter_model.bin",
+        "weights.pt",
+        "x.pkl",
+        "optimizer.PTH",
+        "run.py",
+        "tokenizer.json",
+        "lib.so",
+        "license",
+        ".hidden",
+    ],
 )
 def test_a_file_that_does_not_belong_is_refused_by_name(name: str, adapter: Path, base: BaseModel) -> None:
     (adapter / name).write_bytes(b"x")
@@ -138,7 +153,9 @@ def test_a_directory_with_pickled_weights_alone_is_refused(adapter: Path, base: 
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_links_directories_and_pipes_are_refused(name: str, adapter: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_links_directories_and_pipes_are_refused(
+    name: str, adapter: Path, base: BaseModel, tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     (adapter / name).rename(elsewhere)
     for replace in (
@@ -203,7 +220,9 @@ def test_shapes_that_do_not_fit_the_base_are_refused(
 
 
 def test_a_layer_the_base_does_not_have_is_refused(tmp_path: Path, base: BaseModel) -> None:
-    tensors = {name.replace("layers.1", "layers.7"): value for name, value in builders.adapter_tensors().items()}
+    tensors = {
+        name.replace("layers.1", "layers.7"): value for name, value in builders.adapter_tensors().items()
+    }
     with pytest.raises(BaseMismatchError, match=r"layers\.7"):
         validate_adapter(builders.make_adapter(tmp_path / "a", tensors=tensors), base)
 
@@ -219,7 +238,9 @@ def test_a_layer_the_base_does_not_have_is_refused(tmp_path: Path, base: BaseMod
         (f"{Q0}.lora_B.weight", f"{Q0}.lora_embedding_B"),
     ],
 )
-def test_tensors_that_are_not_whole_pairs_are_refused(old: str, new: str, tmp_path: Path, base: BaseModel) -> None:
+def test_tensors_that_are_not_whole_pairs_are_refused(
+    old: str, new: str, tmp_path: Path, base: BaseModel
+) -> None:
     tensors = builders.adapter_tensors()
     tensors[new] = tensors.pop(old)
     with pytest.raises(UnsupportedAdapterError):
@@ -235,7 +256,9 @@ def test_weights_of_another_dtype_are_refused(dtype: type, tmp_path: Path, base:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_weights_that_are_not_finite_are_refused(value: float, dtype: type, tmp_path: Path, base: BaseModel) -> None:
+def test_weights_that_are_not_finite_are_refused(
+    value: float, dtype: type, tmp_path: Path, base: BaseModel
+) -> None:
     tensors = builders.adapter_tensors(dtype=dtype)
     tensors[f"{Q0}.lora_B.weight"][-1, -1] = value
     with pytest.raises(UnsupportedAdapterError, match="NaN or infinity"):
@@ -282,7 +305,9 @@ def test_a_setting_beyond_plain_lora_is_refused_by_name(
 
 
 @pytest.mark.parametrize("missing", ["r", "lora_alpha", "target_modules", "peft_type"])
-def test_a_configuration_without_a_needed_key_is_refused(missing: str, adapter: Path, base: BaseModel) -> None:
+def test_a_configuration_without_a_needed_key_is_refused(
+    missing: str, adapter: Path, base: BaseModel
+) -> None:
     config = builders.adapter_config()
     del config[missing]
     (adapter / CONFIG).write_text(json.dumps(config))
@@ -353,13 +378,16 @@ def test_duplicate_tensor_names_in_the_header_are_refused(adapter: Path, base: B
         validate_adapter(adapter, base)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 1400), st.integers(0, 255)), min_size=1, max_size=6),
     length=st.none() | st.integers(0, 2**63),
 )
 def test_mutated_headers_raise_declared_errors_only(
-    edits: list[tuple[int, int]], length: int | None, tmp_path_factory: pytest.TempPathFactory, base: BaseModel
+    edits: list[tuple[int, int]],
+    length: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
+    base: BaseModel,
 ) -> None:
     adapter = builders.make_adapter(tmp_path_factory.getbasetemp() / "mutated")
     body = bytearray((adapter / WEIGHTS).read_bytes())
@@ -368,7 +396,5 @@ def test_mutated_headers_raise_declared_errors_only(
     if length is not None:
         body[:8] = length.to_bytes(8, "little")
     (adapter / WEIGHTS).write_bytes(bytes(body))
-    try:
+    with contextlib.suppress(UnsupportedAdapterError, BaseMismatchError, RankTooLargeError):
         validate_adapter(adapter, base)
-    except RegistryError as error:
-        assert error.code in {"UNSUPPORTED_ADAPTER", "BASE_MISMATCH", "RANK_TOO_LARGE"}

@@ -35,10 +35,11 @@ def rows_and_slots(plan):
     slots = stacked[taken] if isinstance(taken, slice) else stacked.index_select(0, taken)
     assert len(slots) == padded.n_groups
     assert len(padded.gather) == padded.n_groups * padded.n_each
-    assert torch.equal(padded.gather[padded.places], padded.rows)
+    places = torch.arange(len(padded.gather)) if padded.places is None else padded.places
+    assert torch.equal(padded.gather[places], padded.rows)
     if padded.direct is not None:
         assert list(range(padded.direct.start, padded.direct.stop)) == padded.gather.tolist()
-    for place, row in zip(padded.places.tolist(), padded.rows.tolist(), strict=True):
+    for place, row in zip(places.tolist(), padded.rows.tolist(), strict=True):
         yield row, int(slots[place // padded.n_each])
 
 

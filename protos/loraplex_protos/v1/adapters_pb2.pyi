@@ -67,10 +67,12 @@ class _LoadPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     LOAD_PHASE_VERIFY: _LoadPhase.ValueType  # 2
     """The signature is being checked against the trust policy."""
     LOAD_PHASE_FETCH: _LoadPhase.ValueType  # 3
-    """Bytes are coming, hashed while they come, and are validated against the base model."""
-    LOAD_PHASE_LOAD: _LoadPhase.ValueType  # 4
+    """Bytes are coming, hashed while they come."""
+    LOAD_PHASE_CHECK: _LoadPhase.ValueType  # 4
+    """Tensors are being checked against the base model."""
+    LOAD_PHASE_LOAD: _LoadPhase.ValueType  # 5
     """Waiting for a slot, then copying into the engine."""
-    LOAD_PHASE_READY: _LoadPhase.ValueType  # 5
+    LOAD_PHASE_READY: _LoadPhase.ValueType  # 6
     """In memory and serving. The last message."""
 
 class LoadPhase(_LoadPhase, metaclass=_LoadPhaseEnumTypeWrapper): ...
@@ -81,10 +83,12 @@ LOAD_PHASE_RESOLVE: LoadPhase.ValueType  # 1
 LOAD_PHASE_VERIFY: LoadPhase.ValueType  # 2
 """The signature is being checked against the trust policy."""
 LOAD_PHASE_FETCH: LoadPhase.ValueType  # 3
-"""Bytes are coming, hashed while they come, and are validated against the base model."""
-LOAD_PHASE_LOAD: LoadPhase.ValueType  # 4
+"""Bytes are coming, hashed while they come."""
+LOAD_PHASE_CHECK: LoadPhase.ValueType  # 4
+"""Tensors are being checked against the base model."""
+LOAD_PHASE_LOAD: LoadPhase.ValueType  # 5
 """Waiting for a slot, then copying into the engine."""
-LOAD_PHASE_READY: LoadPhase.ValueType  # 5
+LOAD_PHASE_READY: LoadPhase.ValueType  # 6
 """In memory and serving. The last message."""
 global___LoadPhase = LoadPhase
 

@@ -69,7 +69,7 @@ class PaddedBatch:
     n_each: int
     direct: slice | None  # the batch's own rows where they already lie in order without padding, else None
     gather: torch.Tensor  # (n_groups * n_each,) row to read for each place
-    places: torch.Tensor  # (n,) the places that hold a wanted row ...
+    places: torch.Tensor | None  # (n,) the places that hold a wanted row, None where all do ...
     rows: torch.Tensor  # (n,) ... and that row
 
 
@@ -163,6 +163,6 @@ def _padded_batch(groups: list[tuple[int, Rows]]) -> PaddedBatch:
         n_each=n_each,
         direct=_as_slice(rows) if unpadded else None,
         gather=torch.from_numpy(gather.reshape(-1)),
-        places=torch.from_numpy(np.concatenate(places)),
+        places=None if unpadded else torch.from_numpy(np.concatenate(places)),
         rows=torch.from_numpy(rows),
     )

@@ -20,7 +20,6 @@ as in vLLM's own CPU wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
@@ -33,7 +32,6 @@ from loraplex_server.vllm_plugin.grouping import (
     NO_ROWS,
     Groups,
     PaddedBatch,
-    Plan,
     Segment,
     group_rows,
     make_plan,
@@ -49,20 +47,34 @@ Stack = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class _Slice:
-    """One packed projection of a module: its weights cut to the rank in use, its columns of the output."""
+    """One packed projection of a module: its weights, its columns of the output, the ranks of its slots."""
 
-    a: torch.Tensor | None  # (slots, rank, in_features); None where the caller has applied A already
-    b: torch.Tensor  # (slots, out_features, rank)
+    a: torch.Tensor | None  # (slots, max_rank, in_features); None where the caller has applied A already
+    b: torch.Tensor  # (slots, out_features, max_rank)
     ranks: tuple[int, ...]  # true rank per slot
     columns: slice
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Slices of a module that are touched by the same adapters, and how to multiply them."""
+class _Product:
+    """The two factors of one slice's delta, cut to the rank in use and laid out for the product.
 
-    plan: Plan
-    slices: tuple[_Slice, ...]
+    2-D for one slot, 3-D with the slots of a batched product in front. They are views of vLLM's stacked weights,
+    except `slots`, where wanted slots lie apart and must be copied together at each use.
+    """
+
+    a: torch.Tensor | None  # (..., in_features, rank)
+    b: torch.Tensor  # (..., rank, out_features)
+    columns: slice
+    slots: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Products of a module for slices that are touched by the same adapters."""
+
+    segments: tuple[tuple[Segment, tuple[_Product, ...]], ...]
+    padded: tuple[PaddedBatch, tuple[_Product, ...]] | None
 
 
 @dataclass
@@ -343,16 +355,32 @@ def _make_jobs(module: _Module, groups: Groups) -> tuple[_Job, ...]:
     for index, (b, columns) in enumerate(zip(module.b, module.columns, strict=True)):
         ranks = module.ranks[index]
         touched = tuple(slot for slot in groups.slots if ranks[slot])
-        if not touched:
-            continue
-        rank = max(ranks[slot] for slot in touched)
-        a = None if module.a is None else module.a[index][:, 0, :rank]
-        width = columns.stop - columns.start
-        piece = _Slice(a=a, b=b[:, 0, :width, :rank], ranks=ranks, columns=columns)
-        by_touched.setdefault(touched, []).append(piece)
-    return tuple(
-        _Job(plan=make_plan(groups, touched), slices=tuple(slices)) for touched, slices in by_touched.items()
+        if touched:
+            a = None if module.a is None else module.a[index][:, 0]
+            b = b[:, 0, : columns.stop - columns.start]
+            by_touched.setdefault(touched, []).append(_Slice(a=a, b=b, ranks=ranks, columns=columns))
+    return tuple(_make_job(groups, touched, slices) for touched, slices in by_touched.items())
+
+
+def _make_job(groups: Groups, touched: tuple[int, ...], slices: list[_Slice]) -> _Job:
+    plan = make_plan(groups, touched)
+    segments = tuple(
+        (segment, tuple(_product(one, segment.slot, one.ranks[segment.slot]) for one in slices))
+        for segment in plan.segments
     )
+    if plan.padded is None:
+        return _Job(segments=segments, padded=None)
+    wanted = plan.padded.slots
+    products = tuple(_product(one, wanted, max(one.ranks[slot] for slot in touched)) for one in slices)
+    return _Job(segments=segments, padded=(plan.padded, products))
+
+
+def _product(piece: _Slice, slots: int | slice | torch.Tensor, rank: int) -> _Product:
+    apart = slots if isinstance(slots, torch.Tensor) else None
+    taken = slice(None) if isinstance(slots, torch.Tensor) else slots
+    a = None if piece.a is None else piece.a[taken][..., :rank, :].transpose(-1, -2)
+    b = piece.b[taken][..., :rank].transpose(-1, -2)
+    return _Product(a=a, b=b, columns=piece.columns, slots=apart)
 
 
 def _same_for_all(groups: Groups, n_rows: int) -> Groups:
@@ -374,86 +402,82 @@ def _run(jobs: tuple[_Job, ...], y: torch.Tensor, x: torch.Tensor, scale: float,
     """Do the products of one module, in place in `y`."""
     if not jobs:
         return
-    x = x.reshape(-1, x.shape[-1])
-    y = y.view(-1, y.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    if y.dim() != 2:
+        y = y.view(-1, y.shape[-1])
     _require_rows(groups, x)
-    first = jobs[0].slices[0].b
-    native = x.dtype == y.dtype == first.dtype
+    if x.dtype == y.dtype == _weights_dtype(jobs[0]):
+        _run_jobs(jobs, y, x, scale)
+    else:
+        _run_mixed(jobs, y, x, scale, groups)
+
+
+def _run_jobs(jobs: tuple[_Job, ...], y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
     for job in jobs:
-        for segment in job.plan.segments:
-            (_run_segment if native else _run_segment_mixed)(segment, job.slices, y, x, scale)
-        if job.plan.padded is not None:
-            (_run_padded if native else _run_padded_mixed)(job.plan.padded, job.slices, y, x, scale)
+        for segment, products in job.segments:
+            _run_segment(segment, products, y, x, scale)
+        if job.padded is not None:
+            _run_padded(*job.padded, y, x, scale)
 
 
 def _run_segment(
-    segment: Segment, slices: tuple[_Slice, ...], y: torch.Tensor, x: torch.Tensor, scale: float
+    segment: Segment, products: tuple[_Product, ...], y: torch.Tensor, x: torch.Tensor, scale: float
 ) -> None:
     """One GEMM pair per slice for the rows of one slot."""
-    rows, slot = segment.rows, segment.slot
-    if isinstance(rows, slice):
-        x_rows, y_rows = x[rows], y[rows]
-    else:
-        x_rows, y_rows = x.index_select(0, rows), y.index_select(0, rows)
-    for piece in slices:
-        rank = piece.ranks[slot]
-        low = x_rows[:, :rank] if piece.a is None else x_rows @ piece.a[slot, :rank].t()
-        y_rows[:, piece.columns].addmm_(low, piece.b[slot, :, :rank].t(), alpha=scale)
-    if not isinstance(rows, slice):
+    rows = segment.rows
+    in_place = isinstance(rows, slice)
+    x_rows = x[rows] if in_place else x.index_select(0, rows)
+    y_rows = y[rows] if in_place else y.index_select(0, rows)
+    for one in products:
+        low = x_rows[:, : one.b.shape[0]] if one.a is None else torch.mm(x_rows, one.a)
+        y_rows[:, one.columns].addmm_(low, one.b, alpha=scale)
+    if not in_place:
         y.index_copy_(0, rows, y_rows)
 
 
 def _run_padded(
-    batch: PaddedBatch, slices: tuple[_Slice, ...], y: torch.Tensor, x: torch.Tensor, scale: float
+    batch: PaddedBatch, products: tuple[_Product, ...], y: torch.Tensor, x: torch.Tensor, scale: float
 ) -> None:
     """One batched pair of products per slice for many slots with a few rows each."""
-    if batch.direct is not None:
-        x_rows, y_rows = x[batch.direct], y[batch.direct]
-    else:
-        x_rows, y_rows = x.index_select(0, batch.gather), y.index_select(0, batch.gather)
-    x_groups = x_rows.unflatten(0, (batch.n_groups, batch.n_each))
-    y_groups = y_rows.unflatten(0, (batch.n_groups, batch.n_each))
-    for piece in slices:
-        if piece.a is None:
-            low = x_groups[:, :, : piece.b.shape[-1]]
-        else:
-            low = torch.bmm(x_groups, _take(piece.a, batch.slots).transpose(1, 2))
-        b = _take(piece.b, batch.slots).transpose(1, 2)
-        y_groups[:, :, piece.columns].baddbmm_(low, b, alpha=scale)
-    if batch.direct is None:
-        y.index_copy_(0, batch.rows, y_rows.index_select(0, batch.places))
+    in_place = batch.direct is not None
+    x_rows = x[batch.direct] if in_place else x.index_select(0, batch.gather)
+    y_rows = y[batch.direct] if in_place else y.index_select(0, batch.gather)
+    x_groups = x_rows.view(batch.n_groups, batch.n_each, -1)
+    y_groups = y_rows.view(batch.n_groups, batch.n_each, -1)
+    for one in products:
+        a, b = one.a, one.b
+        if one.slots is not None:
+            a = None if a is None else a.index_select(0, one.slots)
+            b = b.index_select(0, one.slots)
+        low = x_groups[:, :, : b.shape[1]] if a is None else torch.bmm(x_groups, a)
+        y_groups[:, :, one.columns].baddbmm_(low, b, alpha=scale)
+    if not in_place:
+        y.index_copy_(0, batch.rows, y_rows if batch.places is None else y_rows.index_select(0, batch.places))
 
 
-def _take(stacked: torch.Tensor, slots: slice | torch.Tensor) -> torch.Tensor:
-    return stacked[slots] if isinstance(slots, slice) else stacked.index_select(0, slots)
+def _weights_dtype(job: _Job) -> torch.dtype:
+    products = job.segments[0][1] if job.segments else (job.padded or (None, ()))[1]
+    return products[0].b.dtype
 
 
-def _in_fp32(run: Callable[..., None]) -> Callable[..., None]:
-    """Make a variant of `run` for inputs, weights and outputs of different types: all in fp32, rounded
-    once.
-    """
+def _run_mixed(
+    jobs: tuple[_Job, ...], y: torch.Tensor, x: torch.Tensor, scale: float, groups: Groups
+) -> None:
+    """Do the same where inputs, weights and outputs differ in type: all in fp32, the result rounded once."""
+    y_wide = y.float()
+    _run_jobs(tuple(map(_in_fp32, jobs)), y_wide, x.float(), scale)
+    if y_wide is not y:
+        wanted = torch.from_numpy(np.concatenate(groups.rows))
+        y.index_copy_(0, wanted, y_wide.index_select(0, wanted).to(y.dtype))
 
-    def run_mixed(piece_of_plan: Any, slices: tuple[_Slice, ...], y: torch.Tensor, *args: Any) -> None:
-        x, scale = args
-        wide = tuple(
-            replace(one, a=None if one.a is None else one.a.float(), b=one.b.float()) for one in slices
+
+def _in_fp32(job: _Job) -> _Job:
+    def widen(products: tuple[_Product, ...]) -> tuple[_Product, ...]:
+        return tuple(
+            replace(one, a=None if one.a is None else one.a.float(), b=one.b.float()) for one in products
         )
-        y_wide = y.float()
-        run(piece_of_plan, wide, y_wide, x.float(), scale)
-        if y_wide is not y:
-            _copy_rows(piece_of_plan, y_wide, y)
 
-    return run_mixed
-
-
-def _copy_rows(piece: Segment | PaddedBatch, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy back the rows that `piece` owns, and no others."""
-    rows = piece.rows
-    if isinstance(rows, slice):
-        target[rows].copy_(source[rows])
-    else:
-        target.index_copy_(0, rows, source.index_select(0, rows).to(target.dtype))
-
-
-_run_segment_mixed = _in_fp32(_run_segment)
-_run_padded_mixed = _in_fp32(_run_padded)
+    segments = tuple((segment, widen(products)) for segment, products in job.segments)
+    padded = None if job.padded is None else (job.padded[0], widen(job.padded[1]))
+    return _Job(segments=segments, padded=padded)

@@ -34,19 +34,12 @@ def true_ranks_of_a(stacked: torch.Tensor) -> tuple[int, ...]:
 
     """
     rows = stacked[:, 0]
-    if rows.is_contiguous() and rows.shape[-1] * rows.element_size() % 8 == 0:
-        # Eight bytes at a time: ten times as fast as comparing bf16 values, and it can only err towards
-        # calling a row of negative zeros non-zero.
-        used = rows.view(torch.int64).ne(0).any(dim=-1) if rows.shape[-1] < 64 else _any_bits(rows)
-    else:
-        used = rows.ne(0).any(dim=-1)
-    return _last_used(used)
-
-
-def _any_bits(rows: torch.Tensor) -> torch.Tensor:
-    bits = rows.view(torch.int64)
-    low, high = torch.aminmax(bits, dim=-1)
-    return (low != 0) | (high != 0)
+    if not rows.is_contiguous() or rows.shape[-1] * rows.element_size() % 8:
+        return _last_used(rows.ne(0).any(dim=-1))
+    # Eight bytes at a time: many times as fast as comparing bf16 values, and it can only err towards calling a
+    # row of negative zeros used.
+    low, high = torch.aminmax(rows.view(torch.int64), dim=-1)
+    return _last_used((low != 0) | (high != 0))
 
 
 def true_ranks_of_b(stacked: torch.Tensor) -> tuple[int, ...]:

@@ -1,0 +1,89 @@
+"""Settings: every mistake names its key and the file."""
+
+from pathlib import Path
+
+import pytest
+
+from loraplex_server.config import Config, load_config, parse_config, split_address
+from loraplex_server.errors import ConfigError
+
+
+def read(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_the_smallest_file_names_only_the_model(tmp_path: Path) -> None:
+    config = read(tmp_path, '[model]\npath = "org/some-model"\n')
+    assert config.model.quantization == "nf4"
+    assert config.model.name == "some-model"
+    assert config.server.listen.startswith("127.0.0.1:")
+    assert config.engine_rank == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[model]\npath = "m"\nquantisation = "nf4"', ["model.quantisation", "quantization"]),
+        ('[modle]\npath = "m"', ["[modle]", "model"]),
+        ("[model]\n", ["model.path", "required"]),
+        ('[model]\npath = "m"\nquantization = "int4"', ["model.quantization", "nf4", "int8"]),
+        ('[model]\npath = "m"\n[adapters]\nslots = "many"', ["adapters.slots", "int", "str"]),
+        ('[model]\npath = "m"\n[adapters]\nslots = true', ["adapters.slots", "int", "bool"]),
+        ('[model]\npath = "m"\n[adapters]\nslots = 1', ["adapters.slots", "from 2"]),
+        ('[model]\npath = "m"\n[adapters]\nrank_max = 513', ["adapters.rank_max", "512"]),
+        ('[model]\npath = "m"\n[server]\nlisten = "127.0.0.1"', ["server.listen", "127.0.0.1:8470"]),
+        ('[model]\npath = "m"\n[server]\nlisten = "0.0.0.0:8470"', ["server.listen", "auth.keys"]),
+        ('[model]\npath = "m"\n[registry]\nurl = "s3://b/p"', ["registry.policy", "trusted"]),
+        ('[model]\npath = "m"\n[limits]\nrequests_max = nan', ["limits.requests_max", "int"]),
+        ('[model]\npath = "m"\n[adapters]\nload_timeout_s = nan', ["adapters.load_timeout_s"]),
+        ("model = 3", ["[model]", "section"]),
+        ("[model", ["TOML"]),
+    ],
+)
+def test_a_wrong_setting_names_its_key_and_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert "server.toml" in message
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    document = {
+        "model": {"path": "base"},
+        "registry": {"url": "s3://b/p", "policy": "policy.toml"},
+        "auth": {"keys": "keys.toml"},
+    }
+    config = parse_config(document, origin=tmp_path / "server.toml")
+    assert config.model.path == str(tmp_path / "base")
+    assert config.registry.policy == str(tmp_path / "policy.toml")
+    assert config.auth.keys == str(tmp_path / "keys.toml")
+
+
+def test_open_addresses_are_allowed_with_keys(tmp_path: Path) -> None:
+    document = {"model": {"path": "m"}, "server": {"listen": "0.0.0.0:1"}, "auth": {"keys": "k"}}
+    assert parse_config(document, origin=tmp_path / "s.toml").server.listen == "0.0.0.0:1"
+
+
+@pytest.mark.parametrize("address", ["", "8470", ":8470", "host:", "host:70000", "host:-1", "host:٣"])
+def test_an_address_without_a_usable_port_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError):
+        split_address(address)
+
+
+def test_ipv6_addresses_keep_their_colons() -> None:
+    assert split_address("[::1]:8470") == ("::1", 8470)
+
+
+@pytest.mark.parametrize(("wanted", "slot"), [(1, 1), (2, 8), (9, 16), (17, 32), (257, 320), (512, 512)])
+def test_slots_get_the_smallest_rank_vllm_allows(tmp_path: Path, wanted: int, slot: int) -> None:
+    config = read(tmp_path, f'[model]\npath = "m"\n[adapters]\nrank_max = {wanted}\n')
+    assert config.engine_rank == slot
