@@ -2,6 +2,10 @@
 
     python -m benchmarks.memory [--json] [--model 0.5b|tiny] [--save]
 
+The adapters are in bf16 and touch all linear layers. `lora16` is vLLM's default, which also reserves slots for
+embedding and logits adapters (16 x rank x vocabulary twice); `lora16_linear` wraps the linear layers alone
+(``lora_target_modules``).
+
 All processes of an engine are added up from /proc: `rss` counts pages shared between them once per process,
 `peak` adds each process's highest RSS, `pss` counts shared pages once. Each engine answers a batch of all
 its adapters before it is measured. The bound is 1.2 times the size of the adapters' files and 300 MB; what
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.engines import Engine, EngineSpec
@@ -39,29 +44,33 @@ def memory_in_use(spec: EngineSpec, *, threads: int) -> dict[str, int]:
 
 
 def measure(shape: Shape, workdir: Path, *, threads: int) -> list[Measurement]:
-    """Return both engines' memory, the adapters' size, and the growth in units of the bound."""
+    """Return the engines' memory, the adapters' size, and the growth in units of the bound."""
     base = str(ensure_base(shape, workdir))
     adapters = ensure_adapters(shape, workdir, count=ADAPTERS, rank=RANK)
-    size = size_bytes(adapters)
-    without = memory_in_use(EngineSpec(base), threads=threads)
-    with_adapters = memory_in_use(EngineSpec(base, tuple(map(str, adapters))), threads=threads)
-    growth = {kind: with_adapters[kind] - without[kind] for kind in without}
-    worst = max(growth["peak_rss"], growth["pss"])
-    bound = BOUND_FACTOR * size + BOUND_EXTRA_BYTES
-    figures = {
-        "base_rss_bytes": without["rss"],
-        "base_peak_rss_bytes": without["peak_rss"],
-        "base_pss_bytes": without["pss"],
-        "lora16_rss_bytes": with_adapters["rss"],
-        "lora16_peak_rss_bytes": with_adapters["peak_rss"],
-        "lora16_pss_bytes": with_adapters["pss"],
-        "rss_growth_bytes": worst,
-        "adapters_bytes": size,
+    directories = tuple(map(str, adapters))
+    linear = tuple(sorted(module.rpartition(".")[2] for module in shape.linears()))
+    specs = {
+        "base": EngineSpec(base),
+        "lora16": EngineSpec(base, directories),
+        "lora16_linear": EngineSpec(base, directories, target_modules=linear),
     }
+    found = [Measurement("adapters_bytes", size_bytes(adapters), "bytes", None, 1, None)]
+    bound = BOUND_FACTOR * size_bytes(adapters) + BOUND_EXTRA_BYTES
+    without: dict[str, int] = {}
+    for name, spec in specs.items():
+        used = memory_in_use(spec, threads=threads)
+        without = without or used
+        found += [
+            Measurement(f"{name}_{kind}_bytes", size, "bytes", None, 1, None) for kind, size in used.items()
+        ]
+        if name != "base":
+            growth = max(used[kind] - without[kind] for kind in ("peak_rss", "pss"))
+            suffix = name.removeprefix("lora16")
+            found.append(Measurement(f"rss_growth{suffix}_bytes", growth, "bytes", None, 1, None))
+            ratio = round(growth / bound, 4)
+            found.append(Measurement(f"rss_growth{suffix}_vs_bound", ratio, "ratio", 1.0, 1, None))
     prefix = "tiny_" if shape.name == "tiny" else ""
-    found = [Measurement(prefix + name, value, "bytes", None, 1, None) for name, value in figures.items()]
-    ratio = round(worst / bound, 4)
-    return [*found, Measurement(prefix + "rss_growth_vs_bound", ratio, "ratio", 1.0, 1, None)]
+    return [replace(one, name=prefix + one.name) for one in found]
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def split_of(text: str) -> Split:
 
 def messages(split: Split, seed: int) -> Iterator[Message]:
     """Yield different messages of one split without end (about 2e10 exist); the same seed gives the same order."""
-    rng = random.Random(f"{split}:{seed}")  # noqa: S311 - data, not secrets
+    rng = random.Random(f"{split}:{seed}")
     seen: set[str] = set()
     while True:
         message = random_message(rng)
@@ -139,7 +139,10 @@ def dataset(task: str, split: Split, n: int, seed: int = 0) -> list[Row]:
     if split not in ("train", "heldout"):
         raise ValueError(f"unknown split {split!r}; there are train and heldout")
     answer_of = TASKS[task]
-    return [_row(message.text, answer_of(message)) for message, _ in zip(messages(split, seed), range(n), strict=False)]
+    return [
+        _row(message.text, answer_of(message))
+        for message, _ in zip(messages(split, seed), range(n), strict=False)
+    ]
 
 
 def _row(prompt: str, answer: str) -> Row:

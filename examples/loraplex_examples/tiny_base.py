@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_examples import tasks
 
@@ -50,7 +50,7 @@ class Recipe:
     """Everything that can be chosen; the defaults are the tuned demo base."""
 
     seed: int = 20
-    steps: int = 520
+    steps: int = 420
     batch_rows: int = 64
     lr_matrices: float = 0.02
     lr_others: float = 3e-3
@@ -70,14 +70,18 @@ class Recipe:
 
         decides = {
             "recipe": asdict(self),
-            "sources": [hashlib.sha256(Path(str(m)).read_bytes()).hexdigest() for m in (__file__, tasks.__file__)],
+            "sources": [
+                hashlib.sha256(Path(str(m)).read_bytes()).hexdigest() for m in (__file__, tasks.__file__)
+            ],
             "versions": [torch.__version__, transformers.__version__, tokenizers.__version__],
             "processor": [platform.machine(), str(_compute_dtype())],
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def ensure_tiny_base(cache_dir: Path, progress: Progress | None = None, *, recipe: Recipe | None = None) -> Path:
+def ensure_tiny_base(
+    cache_dir: Path, progress: Progress | None = None, *, recipe: Recipe | None = None
+) -> Path:
     """Return the directory of the trained base model, training it first if the cache has no intact copy.
 
     May be called twice, or by two processes at once: the first finished directory stays, the other is thrown away.
@@ -116,7 +120,9 @@ def train_tiny_base(directory: Path, recipe: Recipe, progress: Progress | None =
         tokenizer = _train_tokenizer(recipe)
         model = _new_model(recipe, tokenizer)
         optimizers = _optimizers(model, recipe)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, recipe)) for o in optimizers]
+        schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, recipe)) for o in optimizers
+        ]
         batches = _batches(tokenizer, recipe)
         for step in range(recipe.steps):
             ids, labels = next(batches)
@@ -158,12 +164,11 @@ def _copy(rng: random.Random) -> tuple[str, str]:
 
 def _pick(rng: random.Random) -> tuple[str, str]:
     words = _words(rng, 2, 8)
-    return (f"First word: {' '.join(words)}", words[0]) if rng.random() < 0.5 else (f"Last word: {' '.join(words)}", words[-1])
-
-
-def _reverse(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 2, 4)
-    return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
+    return (
+        (f"First word: {' '.join(words)}", words[0])
+        if rng.random() < 0.5
+        else (f"Last word: {' '.join(words)}", words[-1])
+    )
 
 
 def _ask(rng: random.Random) -> tuple[str, str]:
@@ -174,15 +179,17 @@ def _ask(rng: random.Random) -> tuple[str, str]:
     return text, " ".join(str(getattr(message, field)) for field in fields)
 
 
-_KINDS: Final = (_copy, _pick, _reverse, _ask)
-_KIND_WEIGHTS: Final = (3, 1, 0, 6)
+_KINDS: Final = (_copy, _pick, _ask)
+_KIND_WEIGHTS: Final = (3, 1, 6)
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, labels), each (rows, width) int64, without end; answers only in the loss."""
     import torch
 
-    rng = random.Random(recipe.seed)  # noqa: S311 - data, not secrets
+    rng = random.Random(recipe.seed)
     while True:
         rows = _encode(tokenizer, [_pair(rng) for _ in range(recipe.batch_rows)])
         width = max(len(tokens) for tokens, _ in rows)
@@ -221,7 +228,7 @@ def _train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rng = random.Random(recipe.seed)  # noqa: S311 - data, not secrets
+    rng = random.Random(recipe.seed)
     # Each word with and without the space before it, so that both become one token.
     words = [form for word in _text_words() for form in (word, f" {word}")] * 20
     tokenizer.train_from_iterator([*words, *(" ".join(_pair(rng)) for _ in range(4000))], trainer)
@@ -310,7 +317,7 @@ def _seal(directory: Path) -> None:
 
 def _is_intact(directory: Path) -> bool:
     try:
-        return json.loads((directory / _SEAL).read_text()) == _file_digests(directory)
+        return bool(json.loads((directory / _SEAL).read_text()) == _file_digests(directory))
     except (OSError, ValueError):
         return False
 

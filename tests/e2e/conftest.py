@@ -26,7 +26,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.store import open_store
-from tests import s3_server
+from loraplex_examples import s3_server
 from tests.registry.builders import adapter_config, make_signer
 from tests.server.conftest import POLICY
 from tests.sim.toxics import Toxics

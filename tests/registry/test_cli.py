@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.registry import builders
-from tests.s3_server import S3Server
+from loraplex_examples.s3_server import S3Server
 
 COMMAND = Path(sys.executable).with_name("registry")
 

@@ -18,7 +18,7 @@ from loraplex_registry.errors import (
 from loraplex_registry.manifest import FileEntry
 from loraplex_registry.store import Store, open_store
 from tests.registry.s3_script import fault, found, scripted
-from tests.s3_server import S3Server
+from loraplex_examples.s3_server import S3Server
 
 SECRET = "wJalrXUtnFEMI-CANARY"
 

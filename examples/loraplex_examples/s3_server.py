@@ -1,4 +1,4 @@
-"""Starts a real S3 server on loopback for tests: `ministack`, from a virtual environment of its own.
+"""Starts a real S3 server on loopback, for the demo and the tests: `ministack`, from a virtual environment of its own.
 
 The executable is `$LORAPLEX_MINISTACK`, or `.venv-s3/bin/ministack` in the repository. It binds every interface by
 default and looks for docker; the environment given here keeps it on 127.0.0.1 and away from both.
@@ -42,7 +42,7 @@ class S3Server:
 def executable() -> Path | None:
     """Return the server's executable, None when it is not installed."""
     named = os.environ.get("LORAPLEX_MINISTACK")
-    path = Path(named) if named else Path(__file__).parents[1] / ".venv-s3" / "bin" / "ministack"
+    path = Path(named) if named else Path(__file__).parents[2] / ".venv-s3" / "bin" / "ministack"
     return path if path.is_file() else None
 
 
