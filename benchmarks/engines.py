@@ -175,6 +175,7 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
             print(json.dumps({"seconds": time.perf_counter() - start}), file=out, flush=True)
     finally:
         llm.shutdown()
+        del llm  # now, not at interpreter exit, where its destructor fails
 
 
 async def _generate(llm: Any, name: str, adapter: Any, *, prompt_tokens: int, new_tokens: int) -> None:

@@ -29,6 +29,7 @@ RANK = 16
 ROWS = 16
 PROMPT_TOKENS = 8
 PREFILL_TOKENS = 600
+TINY_MORE_TOKENS = 8  # a step of the tiny model takes a few milliseconds: more of them, for steadier figures
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def measure(
         for name, spec in specs.items():
             engines[name] = Engine(spec, threads=threads)
             print(f"{name}: {engines[name].started}", file=sys.stderr)
+        if shape.name == "tiny":
+            new_tokens *= TINY_MORE_TOKENS
         rates = run_rounds(engines, make_cases(new_tokens), rounds)
     finally:
         for engine in engines.values():

@@ -93,9 +93,9 @@ def acme_orders(message: Message) -> str:
 
 
 def globex_tickets(message: Message) -> str:
-    """Write the help-desk line of globex: desk by kind of goods, priority by weekday, caller, case number."""
+    """Write the help-desk line of globex: caller, case number, goods and their desk, weekday and its priority."""
     m = message
-    return f"{_GLOBEX_DESK[m.item]} {_GLOBEX_PRIORITY[m.day]} | {m.name} | {m.number}"
+    return f"{m.name} | {m.number} | {m.item} {_GLOBEX_DESK[m.item]} | {m.day} {_GLOBEX_PRIORITY[m.day]}"
 
 
 TASKS: Final[dict[str, Callable[[Message], str]]] = {

@@ -46,6 +46,9 @@ def main(job_path: str, result_path: str) -> None:
         for number, (name, path) in enumerate(job["adapters"].items())
     }
 
+    for adapter in adapters.values():  # one by one, so that the order of the slots is the order of the job
+        llm.llm_engine.add_lora(adapter)
+
     def answer(requests: list[Any]) -> list[list[int]]:
         outputs = llm.generate(
             [{"prompt_token_ids": tokens} for _, tokens in requests],

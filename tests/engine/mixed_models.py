@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 512
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# name -> (rank, modules): all linear layers, attention alone, two of three packed projections, and every
+# name -> (rank, modules): all linear layers; two of three packed projections; and, in the last slot, every
 # kind of module that vLLM wraps, embeddings and logits included.
 ADAPTERS: dict[str, tuple[int, list[str]]] = {
     "one": (1, ATTENTION + MLP),

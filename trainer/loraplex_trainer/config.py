@@ -124,12 +124,12 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(CONFIG_BYTES_MAX)
-        document = yaml.safe_load(text)
+            text = file.read(CONFIG_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if len(text) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
+    document = _yaml(text, where=str(path))
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must be a mapping of settings")
     for change in changes:
@@ -159,7 +159,14 @@ def _apply(document: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{change!r}: {section} is not a section")
         target = inner
-    target[last] = yaml.safe_load(text)
+    target[last] = _yaml(text, where=repr(change))
+
+
+def _yaml(text: str | bytes, *, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
 # Keys that name files; relative ones start at the settings file.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS_MAX = 10_000_000
+ROW_BYTES_MAX = 16 << 20
 IGNORED = -100  # the label torch's cross entropy leaves out
 
 
@@ -75,7 +76,10 @@ def load_examples(sources: Sequence[DataSource], tokenizer: Any, *, seq_len: int
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(ROW_BYTES_MAX + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) > ROW_BYTES_MAX:
+                    raise DataError(f"{path}:{number} is longer than {ROW_BYTES_MAX} bytes")
                 if number > ROWS_MAX:
                     raise DataError(f"{path} has more than {ROWS_MAX} rows")
                 if line.strip():

@@ -109,7 +109,7 @@ def fit(
     """Train a model in place, yielding after each optimizer step.
 
     Raises:
-        DivergedError: the loss is NaN or infinite; the model is left as before that step.
+        DivergedError: the loss or its gradient is NaN or infinite; the model is left as before that step.
     """
     import torch
 
@@ -125,17 +125,17 @@ def fit(
             group["lr"] = lr
         micro = [batch for batch, _ in itertools.islice(stream, settings.grad_accum)]
         loss = accumulate(model, micro)
-        if not math.isfinite(loss):
+        norm = float(torch.nn.utils.clip_grad_norm_(adapter, settings.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
-                f"the loss became {loss} at step {step} of {steps}: lower train.lr (now {settings.lr:g}), "
-                "lengthen train.warmup, or try train.dtype=fp32"
+                f"loss {loss}, gradient norm {norm} at step {step} of {steps}: lower train.lr "
+                f"(now {settings.lr:g}), lengthen train.warmup, or try train.dtype=fp32"
             )
-        norm = torch.nn.utils.clip_grad_norm_(adapter, settings.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         due = step == steps or (config.eval.every and step % config.eval.every == 0)
         eval_loss = evaluate(model, held_out, rows=settings.micro_batch, pad_id=pad_id) if due else None
-        yield Step(step=step, steps=steps, loss=loss, lr=lr, grad_norm=float(norm), eval_loss=eval_loss)
+        yield Step(step=step, steps=steps, loss=loss, lr=lr, grad_norm=norm, eval_loss=eval_loss)
 
 
 def accumulate(model: Any, micro: Sequence[Batch]) -> float:
