@@ -73,7 +73,7 @@ class Message:
 
 
 def random_message(rng: random.Random) -> Message:
-    """Draw one message; about 2e10 different ones exist."""
+    """Draw one message; about 6e10 different ones exist."""
     facts = {
         "name": rng.choice(NAMES),
         "city": rng.choice(CITIES),
@@ -110,7 +110,7 @@ def split_of(text: str) -> Split:
 
 
 def messages(split: Split, seed: int) -> Iterator[Message]:
-    """Yield different messages of one split without end (about 2e10 exist); the same seed gives the same order."""
+    """Yield different messages of one split without end (about 6e10 exist); the same seed gives the same order."""
     rng = random.Random(f"{split}:{seed}")
     seen: set[str] = set()
     while True:

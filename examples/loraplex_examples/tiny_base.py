@@ -56,10 +56,10 @@ class Recipe:
     lr_others: float = 3e-3
     warmup_steps: int = 30
     vocab_size: int = 1024
-    hidden_size: int = 256
+    hidden_size: int = 192
     layers: int = 4
-    heads: int = 4
-    ffn_size: int = 704
+    heads: int = 6
+    ffn_size: int = 512
     context_tokens: int = 512
 
     def digest(self) -> str:

@@ -45,6 +45,7 @@ from .weights import (
     WEIGHTS_NAME,
     AdapterFacts,
     Limits,
+    check_file_name,
     open_regular,
     validate_adapter,
 )
@@ -129,7 +130,9 @@ def stored_bytes(store: Store, verified: VerifiedManifest, name: str) -> bytes:
 
 
 def _check_limits(manifest: Manifest, limits: Limits) -> None:
-    """Refuse by the signed figures before a byte of weights is asked for."""
+    """Refuse by the signed names and figures before a byte of weights is asked for."""
+    for file in manifest.files:
+        check_file_name(file.name)
     if manifest.lora.rank > limits.max_rank:
         raise RankTooLargeError(
             f"The adapter has rank {manifest.lora.rank}, the limit is {limits.max_rank}; train it smaller."

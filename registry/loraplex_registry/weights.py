@@ -60,6 +60,8 @@ class Limits:
     """Longest safetensors header, bytes (1 MiB; a rank-any adapter of an 80-layer model needs about 0.2)."""
     max_metadata_bytes: int = 16 << 10
     """Longest safetensors __metadata__, characters (16 Ki)."""
+    embeddings: bool = True
+    """Whether the embedding and the output layer may be adapted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +181,32 @@ def _file_names(place: Path) -> list[str]:
     return sorted(entry.name for entry in found)
 
 
-def _check_entry(entry: os.DirEntry[str]) -> None:
-    shown = ascii(entry.name[:128])
-    if entry.name.lower().endswith(_PICKLES):
+def check_file_name(name: str) -> None:
+    """Refuse a file that an adapter has no use for, by its name alone.
+
+    Raises:
+        UnsupportedAdapterError: pickled weights, code, or anything else that is not on the list.
+    """
+    shown = ascii(name[:128])
+    if name.lower().endswith(_PICKLES):
         raise UnsupportedAdapterError(
             f"{shown} may hold pickled code; save the adapter as safetensors and remove it."
         )
     known = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, MANIFEST_NAME, BUNDLE_NAME, "README.md"}
-    if entry.name not in known and not _LICENSE.fullmatch(entry.name):
+    if name not in known and not _LICENSE.fullmatch(name):
         raise UnsupportedAdapterError(
             f"{shown} does not belong to an adapter; keep {CONFIG_NAME}, {WEIGHTS_NAME}, {CARD_NAME}, README.md "
             "and LICENSE."
         )
+
+
+def _check_entry(entry: os.DirEntry[str]) -> None:
+    check_file_name(entry.name)
     status = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise UnsupportedAdapterError(f"{shown} is a link or not a regular file; replace it by a copy.")
+        raise UnsupportedAdapterError(
+            f"{entry.name[:128]!a} is a link or not a regular file; replace it by a copy."
+        )
 
 
 def _checked_header(file: BinaryIO, limits: Limits) -> Header:
@@ -252,6 +265,11 @@ def _check_pair(
     if module not in base.layers:
         raise BaseMismatchError(
             f"{module} is not a layer of base {base.name}; train on the base that serves it."
+        )
+    if not limits.embeddings and base.vocab_size in base.layers[module]:
+        raise UnsupportedAdapterError(
+            f"{module} belongs to the vocabulary, and this server holds adapters of the layers between only; "
+            "set adapters.embeddings = true there, or train without it."
         )
     if not config.targets(module):
         raise UnsupportedAdapterError(

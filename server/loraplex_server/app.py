@@ -186,7 +186,11 @@ class App:
                 registry=self._registry(),
                 policy=policy,
                 base=self._engine.base,
-                limits=Limits(max_rank=config.adapters.rank_max, max_bytes=config.adapter_bytes_max),
+                limits=Limits(
+                    max_rank=config.adapters.rank_max,
+                    max_bytes=config.adapter_bytes_max,
+                    embeddings=config.adapters.embeddings,
+                ),
                 staging_dir=staging,
                 tag_ttl_s=config.registry.tag_ttl_s,
                 stale_s_max=config.registry.stale_s_max,

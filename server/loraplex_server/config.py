@@ -57,6 +57,9 @@ class AdapterSettings:
     slots: int = 16  # adapters in the engine at the same time
     rank_max: int = 16
     size_mib_max: int = 512  # one adapter's weights file
+    embeddings: bool = (
+        False  # True: adapters of embedding and output layer too; costs slots x rank x vocabulary x 4 B
+    )
     staging_dir: str = ""  # empty: a private directory under the user's cache
     load_timeout_s: float = 60.0  # from first byte to serving, waiting for a slot included
     fetches_max: int = 4  # at the same time

@@ -88,7 +88,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory))
+            arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory, self.base))
             settings = arguments.create_engine_config()
             self._llm = AsyncLLM.from_vllm_config(settings, disable_log_stats=False)
         except Exception as error:
@@ -245,9 +245,18 @@ def _set_environment(config: Config) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.model.kv_cache_gib))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # vLLM would put the model into a process of its own, and the engine core would poll for its answers: on
+        # few cores that polling takes a third of the throughput (docs/performance.md). The engine core is a
+        # process of its own in any case.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _engine_arguments(config: Config, directory: Path) -> dict[str, Any]:
+def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": str(directory),
         "served_model_name": config.model.name,
@@ -264,12 +273,22 @@ def _engine_arguments(config: Config, directory: Path) -> dict[str, Any]:
         "max_lora_rank": config.engine_rank,
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    if not config.adapters.embeddings:
+        # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
+        arguments["lora_target_modules"] = inner_modules(base) or None
     if config.model.context_tokens:
         arguments["max_model_len"] = config.model.context_tokens
     if config.model.quantization == "nf4":
         # In-flight by vllm-bnb-plugin: reads bf16 weights, keeps NF4 ones.
         arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
     return arguments
+
+
+def inner_modules(base: BaseModel) -> list[str]:
+    """Last names of a base's linear layers, such as "q_proj", without embedding and output layer."""
+    return sorted(
+        {name.rpartition(".")[2] for name, shape in base.layers.items() if base.vocab_size not in shape}
+    )
 
 
 def _lora_request(adapter: EngineAdapter) -> Any:
