@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model", help="another base: a Hugging Face id or a directory (default: a tiny one, made here)"
     )
     options = parser.parse_args(arguments)
+    # Before torch is loaded: where other programs run too, threads that spin while they wait slow each other down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with contextlib.ExitStack() as stack:
             show(stack, s3=options.s3, model=options.model)

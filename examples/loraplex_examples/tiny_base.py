@@ -50,7 +50,7 @@ class Recipe:
     """Everything that can be chosen; the defaults are the tuned demo base."""
 
     seed: int = 20
-    steps: int = 420
+    steps: int = 520
     batch_rows: int = 64
     lr_matrices: float = 0.02
     lr_others: float = 3e-3
@@ -114,6 +114,7 @@ def ensure_tiny_base(
 def train_tiny_base(directory: Path, recipe: Recipe, progress: Progress | None = None) -> None:
     """Train tokenizer and model from nothing and write them to `directory` in Hugging Face format."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -135,6 +136,7 @@ def train_tiny_base(directory: Path, recipe: Recipe, progress: Progress | None =
             model.zero_grad(set_to_none=True)
             if progress is not None:
                 progress(step + 1, recipe.steps, loss.item())
+    transformers_logging.disable_progress_bar()
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
