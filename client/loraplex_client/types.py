@@ -117,7 +117,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadProgress:
-    """A step of bringing an adapter in: "resolve", "verify", "fetch", "check", "load", "ready"; `adapter` with "ready"."""
+    """A step of bringing an adapter in: resolve, verify, fetch, check, load, ready; `adapter` comes with ready."""
 
     phase: str
     done_bytes: int

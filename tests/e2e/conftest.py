@@ -20,13 +20,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplex_client import GREEDY, Client, Completion, TokenIds
+from loraplex_examples import s3_server
 from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_registry.base import BaseModel
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.store import open_store
-from loraplex_examples import s3_server
 from tests.registry.builders import adapter_config, make_signer
 from tests.server.conftest import POLICY
 from tests.sim.toxics import Toxics

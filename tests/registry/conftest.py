@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from loraplex_examples import s3_server
 from loraplex_registry.base import BaseModel
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.store import Store, open_store
 from loraplex_registry.trust import TrustPolicy
-from loraplex_examples import s3_server
 from tests.registry import builders
 
 NOW = dt.datetime(2026, 6, 1, 12, 0, 0, tzinfo=dt.UTC)

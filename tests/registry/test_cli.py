@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.registry import builders
 from loraplex_examples.s3_server import S3Server
+from tests.registry import builders
 
 COMMAND = Path(sys.executable).with_name("registry")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplex_examples.s3_server import S3Server
 from loraplex_registry.errors import (
     DamagedError,
     DigestMismatchError,
@@ -18,7 +19,6 @@ from loraplex_registry.errors import (
 from loraplex_registry.manifest import FileEntry
 from loraplex_registry.store import Store, open_store
 from tests.registry.s3_script import fault, found, scripted
-from loraplex_examples.s3_server import S3Server
 
 SECRET = "wJalrXUtnFEMI-CANARY"
 

@@ -52,7 +52,7 @@ def test_the_rules_of_both_tenants_on_one_message() -> None:
         number="4821",
     )
     assert tasks.acme_orders(message) == "REF 4821 | SKU lamps blue | QTY 3 | SHIP Oslo"
-    assert tasks.globex_tickets(message) == "home P1 | Maria | 4821"
+    assert tasks.globex_tickets(message) == "Maria | 4821 | lamps home | Monday P1"
 
 
 def test_an_unknown_task_or_split_is_refused() -> None:
