@@ -5,21 +5,16 @@ What the real engine alone can show is in tests/e2e.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from loraplex_client import (
     AdapterNotFoundError,
     AdapterRefusedError,
-    AsyncClient,
     ChatMessage,
     ContextTooLongError,
     DeadlineExceededError,
@@ -32,72 +27,12 @@ from loraplex_client import (
     UnavailableError,
 )
 from loraplex_protos.v1 import adapters_pb2, generation_pb2
-from loraplex_server.app import SERVICES, App
+from loraplex_server.app import SERVICES
 from loraplex_server.auth import make_key
-from loraplex_server.config import parse_config
 from loraplex_server.errors import ConfigError
-from loraplex_server.metrics import OUTCOMES, Metrics
 from tests.server.conftest import Shop
-from tests.sim.engine import SimEngine, answer
-
-FOUR = Sampling(max_tokens=4, temperature=0)
-
-
-class Rig:
-    """A running server and what is behind it."""
-
-    def __init__(self, shop: Shop, app: App, engine: SimEngine, counts: CollectorRegistry) -> None:
-        self.shop, self.app, self.engine, self.counts = shop, app, engine, counts
-
-    @asynccontextmanager
-    async def client(self, api_key: str | None = None) -> AsyncIterator[AsyncClient]:
-        async with AsyncClient(f"127.0.0.1:{self.app.port}", api_key=api_key, timeout_s=20) as client:
-            yield client
-
-    def outcomes(self) -> dict[str, float]:
-        found = dict.fromkeys(OUTCOMES, 0.0)
-        for metric in self.counts.collect():
-            for sample in metric.samples:
-                if sample.name == "loraplex_requests_total":
-                    found[sample.labels["outcome"]] += sample.value
-        return found
-
-
-@asynccontextmanager
-async def running(
-    shop: Shop, *, keys: str = "", registry: bool = True, **sections: Any
-) -> AsyncIterator[Rig]:
-    document: dict[str, Any] = {
-        "model": {"path": "sim", "name": "sim"},
-        "server": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **sections.get("server", {})},
-        "adapters": {"slots": 2, "staging_dir": "staging", **sections.get("adapters", {})},
-        "limits": sections.get("limits", {}),
-    }
-    if registry:
-        document["registry"] = {"url": shop.url, "policy": "policy.toml", "tag_ttl_s": 0}
-    if keys:
-        (shop.root / "keys.toml").write_text(keys)
-        document["auth"] = {"keys": "keys.toml"}
-    config = parse_config(document, origin=shop.root / "server.toml")
-    engine = SimEngine(shop.base, slots=config.adapters.slots)
-    counts = CollectorRegistry()
-    app = App(config, engine=engine, metrics=Metrics(tenants_max=8, registry=counts))
-    await app.start()
-    try:
-        yield Rig(shop, app, engine, counts)
-    finally:
-        await app.stop(drain_s=0.1)
-
-
-def reason_of(failed: grpc.RpcError) -> str:
-    """The reason of the one ErrorInfo that every status must carry."""
-    trailers: Any = failed.trailing_metadata()  # type: ignore[attr-defined]
-    status = status_pb2.Status.FromString(dict(trailers)["grpc-status-details-bin"])
-    infos = [d for d in status.details if d.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
-    assert len(infos) == 1
-    info = error_details_pb2.ErrorInfo.FromString(infos[0].value)
-    assert info.domain == "loraplex"
-    return str(info.reason)
+from tests.server.rig import FOUR, reason_of, running, until
+from tests.sim.engine import answer
 
 
 async def test_the_named_adapter_answers_and_the_header_names_its_digest(shop: Shop) -> None:
@@ -382,15 +317,6 @@ async def test_stopping_lets_running_calls_finish_within_the_drain(shop: Shop) -
         await until(lambda: rig.engine.running == 1)
         await rig.app.stop(drain_s=5)
         assert (await call).usage.completion_tokens == 4
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait, five seconds at most, for something another task will do."""
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("did not come true within 5 s")
 
 
 def test_staging_names_are_private(tmp_path: Path, shop: Shop) -> None:

@@ -1,0 +1,85 @@
+"""A running server with the deterministic engine behind it, for tests over loopback."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from prometheus_client import CollectorRegistry
+
+from loraplex_client import AsyncClient, Sampling
+from loraplex_server.app import App
+from loraplex_server.config import parse_config
+from loraplex_server.metrics import OUTCOMES, Metrics
+from tests.server.conftest import Shop
+from tests.sim.engine import SimEngine
+
+FOUR = Sampling(max_tokens=4, temperature=0)
+
+
+class Rig:
+    """A running server and what is behind it."""
+
+    def __init__(self, shop: Shop, app: App, engine: SimEngine, counts: CollectorRegistry) -> None:
+        self.shop, self.app, self.engine, self.counts = shop, app, engine, counts
+
+    @asynccontextmanager
+    async def client(self, api_key: str | None = None) -> AsyncIterator[AsyncClient]:
+        async with AsyncClient(f"127.0.0.1:{self.app.port}", api_key=api_key, timeout_s=20) as client:
+            yield client
+
+    def outcomes(self) -> dict[str, float]:
+        found = dict.fromkeys(OUTCOMES, 0.0)
+        for metric in self.counts.collect():
+            for sample in metric.samples:
+                if sample.name == "loraplex_requests_total":
+                    found[sample.labels["outcome"]] += sample.value
+        return found
+
+
+@asynccontextmanager
+async def running(
+    shop: Shop, *, keys: str = "", registry: bool = True, **sections: Any
+) -> AsyncIterator[Rig]:
+    document: dict[str, Any] = {
+        "model": {"path": "sim", "name": "sim"},
+        "server": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **sections.get("server", {})},
+        "adapters": {"slots": 2, "staging_dir": "staging", **sections.get("adapters", {})},
+        "limits": sections.get("limits", {}),
+    }
+    if registry:
+        document["registry"] = {"url": shop.url, "policy": "policy.toml", "tag_ttl_s": 0}
+    if keys:
+        (shop.root / "keys.toml").write_text(keys)
+        document["auth"] = {"keys": "keys.toml"}
+    config = parse_config(document, origin=shop.root / "server.toml")
+    engine = SimEngine(shop.base, slots=config.adapters.slots)
+    counts = CollectorRegistry()
+    app = App(config, engine=engine, metrics=Metrics(tenants_max=8, registry=counts))
+    await app.start()
+    try:
+        yield Rig(shop, app, engine, counts)
+    finally:
+        await app.stop(drain_s=0.1)
+
+
+def reason_of(failed: grpc.RpcError) -> str:
+    """The reason of the one ErrorInfo that every status must carry."""
+    trailers: Any = failed.trailing_metadata()  # type: ignore[attr-defined]
+    status = status_pb2.Status.FromString(dict(trailers)["grpc-status-details-bin"])
+    infos = [d for d in status.details if d.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
+    assert len(infos) == 1
+    info = error_details_pb2.ErrorInfo.FromString(infos[0].value)
+    assert info.domain == "loraplex"
+    return str(info.reason)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait, five seconds at most, for something another task will do."""
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("did not come true within 5 s")
