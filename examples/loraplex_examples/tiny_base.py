@@ -50,7 +50,7 @@ class Recipe:
     """Everything that can be chosen; the defaults are the tuned demo base."""
 
     seed: int = 20
-    steps: int = 520
+    steps: int = 400
     batch_rows: int = 64
     lr_matrices: float = 0.02
     lr_others: float = 3e-3

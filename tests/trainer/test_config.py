@@ -9,7 +9,6 @@ from loraplex_trainer.config import TrainConfig, load_config, parse_config
 from loraplex_trainer.errors import ConfigError
 
 MINIMAL = "base_model: ./base\noutput: out\ndata:\n  - {path: train.jsonl}\n"
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
 def load(tmp_path: Path, *changes: str, text: str = MINIMAL) -> TrainConfig:
@@ -25,12 +24,28 @@ def test_three_keys_are_enough(tmp_path: Path) -> None:
 
 
 def test_file_names_start_at_the_settings_file(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, "publish.key=keys/acme.key", "publish.ref=acme/orders", "publish.registry=file:///r"
-    )
+    publish = "publish: {ref: acme/orders, registry: file:///r, key: keys/acme.key}\n"
+    config = load(tmp_path, text=MINIMAL + publish)
+    assert config.base_model == str(tmp_path / "base")
     assert config.output == str(tmp_path / "out")
     assert config.data[0].path == str(tmp_path / "train.jsonl")
     assert config.publish.key == str(tmp_path / "keys/acme.key")
+
+
+def test_file_names_in_a_change_start_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    config = load(tmp_path, "output=./mine", "base_model=./other")
+    assert config.output == str(here / "mine")
+    assert config.base_model == str(here / "other")
+
+
+@pytest.mark.parametrize("name", ["acme/model", "model", "/srv/models/base"])
+def test_other_names_of_a_base_are_left_alone(tmp_path: Path, name: str) -> None:
+    assert load(tmp_path, f"base_model={name}").base_model == name
 
 
 def test_changes_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
@@ -94,12 +109,3 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_change_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.lr"):
         load(tmp_path, "train.lr=[")
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_shipped_settings_file_loads(path: Path) -> None:
-    assert load_config(path).data
-
-
-def test_there_are_shipped_settings_files() -> None:
-    assert EXAMPLES

@@ -69,10 +69,10 @@ def test_the_summary_says_what_was_made_and_where(
 
 
 def test_the_same_adapter_again_is_already_pushed(
-    settings_file: Path, capsys: pytest.CaptureFixture[str]
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(settings_file)]) == 0
-    assert main([str(settings_file), "output=again"]) == 0
+    assert main([str(settings_file), f"output={tmp_path / 'again'}"]) == 0
     assert "already pushed acme/orders@sha256:" in capsys.readouterr().out
 
 
@@ -87,7 +87,9 @@ def test_wrong_settings_or_data_end_with_status_2(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["publish.key=other.key", "publish.registry=ftp://x", "publish.ref=acme"])
+@pytest.mark.parametrize(
+    "change", ["publish.key=/nowhere/other.key", "publish.registry=ftp://x", "publish.ref=acme"]
+)
 def test_a_failed_publication_ends_with_status_1_and_keeps_the_adapter(
     change: str, settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """`loraplex train config.yaml [key=value ...]`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="settings (YAML); see docs/training.md")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes, such as train.lr=1e-3")
     options = parser.parse_args(arguments)
+    # Before torch is loaded: beside other programs, threads that spin while they wait slow training down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     quiet_libraries()
     try:
         config = load_config(options.config, options.changes)

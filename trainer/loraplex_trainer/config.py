@@ -103,7 +103,7 @@ class TrainConfig:
     """A whole run."""
 
     base_model: str
-    """A Hugging Face id or a directory."""
+    """A Hugging Face id or a directory; "./name" is relative to the settings file."""
     output: str
     """Directory for the adapter; must not exist yet, or be empty. Relative to the settings file."""
     data: tuple[DataSource, ...]
@@ -118,6 +118,8 @@ class TrainConfig:
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read a settings file and apply changes such as "train.lr=1e-3".
+
+    Relative file names start at the settings file; in a change, at the working directory, as a shell completes them.
 
     Raises:
         ConfigError: unreadable, not YAML, or a setting is wrong.
@@ -159,7 +161,8 @@ def _apply(document: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{change!r}: {section} is not a section")
         target = inner
-    target[last] = _yaml(text, where=repr(change))
+    value = _yaml(text, where=repr(change))
+    target[last] = _located(value, key=key, folder=Path.cwd())
 
 
 def _yaml(text: str | bytes, *, where: str) -> Any:
@@ -169,8 +172,15 @@ def _yaml(text: str | bytes, *, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
-# Keys that name files; relative ones start at the settings file.
+# Keys that name files. A base model is one only when it looks like one: anything else is a Hugging Face id.
 _FILES = {"output", "publish.key", "publish.passphrase_file"}
+
+
+def _located(value: Any, *, key: str, folder: Path) -> Any:
+    if not isinstance(value, str) or not value:
+        return value
+    is_file = key in _FILES or key.endswith("].path") or (key == "base_model" and value[0] == ".")
+    return str(folder / value) if is_file else value
 
 
 def _build(kind: Any, values: Any, *, where: str, folder: Path) -> Any:
@@ -215,9 +225,7 @@ def _value(kind: Any, value: Any, *, key: str, folder: Path) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"{key} must be {kind.__name__}, not {value!r}")
-    if key in _FILES or key.endswith("].path"):
-        return str(folder / value) if value else value
-    return value
+    return _located(value, key=key, folder=folder)
 
 
 def _number(text: str, key: str) -> float:
