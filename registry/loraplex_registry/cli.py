@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"registry: {error.message}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(
+            f"registry: the package {error.name!r} is not installed here; pip install 'loraplex[registry]' brings it",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("registry: interrupted; run the same command again to complete it.", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -80,6 +81,7 @@ class Versions:
         self._fetches = asyncio.Semaphore(fetches_max)
         self._clock = clock
         self._now = now
+        self._left_behind: dict[str, asyncio.Task[StagedAdapter]] = {}
         self._known: OrderedDict[str, tuple[float, AdapterVersion]] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
@@ -132,9 +134,23 @@ class Versions:
     async def stage(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:
         """Bring a verified version's bytes into a read-only directory named by its digest.
 
+        A thread cannot be stopped: a fetch whose caller left goes on, is taken over by the next caller for the same
+        digest, and is removed if none comes.
+
         Raises:
             RegistryError: the bytes are not the signed ones, do not fit the base, or the store failed.
         """
+        fetch = self._left_behind.pop(version.digest, None)
+        if fetch is None:
+            fetch = asyncio.create_task(self._fetch(version, progress), name=f"fetch {version.name}")
+        try:
+            return await asyncio.shield(fetch)
+        except asyncio.CancelledError:
+            self._left_behind[version.digest] = fetch
+            fetch.add_done_callback(partial(self._clear_up, version.digest))
+            raise
+
+    async def _fetch(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:
         async with self._fetches:
             return await asyncio.to_thread(
                 self._registry.fetch,
@@ -144,6 +160,13 @@ class Versions:
                 limits=self._limits,
                 progress=progress,
             )
+
+    def _clear_up(self, digest: str, fetch: "asyncio.Task[StagedAdapter]") -> None:
+        if self._left_behind.get(digest) is not fetch:
+            return  # somebody took it over
+        del self._left_behind[digest]
+        if not fetch.cancelled() and fetch.exception() is None:
+            remove_staged(fetch.result().path)
 
     async def discard(self, staged: StagedAdapter) -> None:
         """Remove a staged directory; removing it twice does nothing."""

@@ -203,3 +203,16 @@ def test_the_version_is_printed_without_loading_anything_heavy(shell: Shell) -> 
         "sys.exit(bool(heavy & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_without_its_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['rfc8785'] = None\n"
+        "from loraplex_registry.cli import main; sys.exit(main(['ls']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert "pip install 'loraplex[registry]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
