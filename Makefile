@@ -6,6 +6,8 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 CODE := registry/loraplex_registry server/loraplex_server client/loraplex_client trainer/loraplex_trainer \
 	examples/loraplex_examples benchmarks tests
 TESTS ?= tests
+# OpenMP threads that spin while they wait slow each other down as soon as two programs share the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup gpu-setup s3-setup demo test check format bench protos clean
 

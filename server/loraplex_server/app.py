@@ -28,16 +28,18 @@ from loraplex_registry.registry import Registry
 from loraplex_registry.store import open_store
 from loraplex_registry.trust import TrustPolicy
 from loraplex_registry.weights import Limits
+from loraplex_server.adapter_service import AdapterService
 from loraplex_server.admission import Admission
 from loraplex_server.auth import Authenticator
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
+from loraplex_server.gate import Backend, Gate
+from loraplex_server.generation_service import GenerationService
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.residency import Residency
-from loraplex_server.service import AdapterService, Backend, Gate, GenerationService
 from loraplex_server.versions import Versions, clear_staging
 
 _log = logging.getLogger(__name__)

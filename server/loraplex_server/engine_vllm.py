@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex_registry.base import BaseModel
-from loraplex_registry.errors import UnsupportedAdapterError
+from loraplex_registry.checkpoint import checkpoint_directory
+from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
 from loraplex_server.config import Config
 from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest, Sampling
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _log = logging.getLogger(__name__)
-
-# Files of a model repository that serving needs; code and other weight formats stay where they are.
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 class VllmEngine:
@@ -69,10 +67,13 @@ class VllmEngine:
             ConfigError: the model cannot be found or described.
             EngineUnavailableError: vLLM did not come up, or would serve wrong answers.
         """
-        directory = await asyncio.to_thread(model_directory, self._config.model.path)
-        self._base = await asyncio.to_thread(
-            BaseModel.from_directory, directory, name=self._config.model.name
-        )
+        try:
+            directory = await asyncio.to_thread(checkpoint_directory, self._config.model.path)
+            self._base = await asyncio.to_thread(
+                BaseModel.from_directory, directory, name=self._config.model.name
+            )
+        except SettingsError as error:
+            raise ConfigError(f"model.path: {error}") from error
         self._tokenizer = await asyncio.to_thread(_load_tokenizer, directory)
         served = directory
         if self._config.model.quantization == "int8":
@@ -212,26 +213,6 @@ class VllmEngine:
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
         self._tokenizing.shutdown(wait=False)
-
-
-def model_directory(model: str) -> Path:
-    """Find a model's files: a directory as it is, anything else as a Hugging Face id (downloaded or cached).
-
-    Raises:
-        ConfigError: neither.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model.path: {model!r} is no directory here and could not be had as a Hugging Face model: "
-            f"{type(error).__name__}"
-        ) from error
 
 
 def _load_tokenizer(directory: Path) -> Any:

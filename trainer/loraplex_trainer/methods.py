@@ -7,11 +7,10 @@ arXiv 2305.14314. The base is never changed and never saved.
 from pathlib import Path
 from typing import Any
 
+from loraplex_registry.checkpoint import checkpoint_directory
+from loraplex_registry.errors import SettingsError
 from loraplex_trainer.config import TrainConfig
 from loraplex_trainer.errors import ConfigError
-
-# Files of a model repository that training needs; code and other weight formats stay where they are.
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 def model_directory(base_model: str) -> Path:
@@ -20,18 +19,10 @@ def model_directory(base_model: str) -> Path:
     Raises:
         ConfigError: neither.
     """
-    if Path(base_model).is_dir():
-        return Path(base_model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(base_model, allow_patterns=list(MODEL_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"base_model {base_model!r} is no directory here and could not be had as a Hugging Face model: "
-            f"{type(error).__name__}"
-        ) from error
+        return checkpoint_directory(base_model)
+    except SettingsError as error:
+        raise ConfigError(f"base_model: {error}") from error
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -1,0 +1,63 @@
+"""What the services work with, and whether they may: one place that is empty until the engine answers."""
+
+from dataclasses import dataclass
+
+from loraplex_registry.errors import AdapterNotFoundError
+from loraplex_registry.refs import AdapterRef
+from loraplex_server.admission import Admission
+from loraplex_server.auth import Principal, may_see
+from loraplex_server.engine import Engine
+from loraplex_server.errors import EngineUnavailableError, NotFoundError
+from loraplex_server.residency import Residency
+from loraplex_server.versions import AdapterVersion, Progress, Versions
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the services work with, once the engine is up. `versions` is None without a registry."""
+
+    engine: Engine
+    versions: Versions | None
+    residency: Residency
+    admission: Admission
+    model_name: str
+    prompt_chars_max: int
+
+
+class Gate:
+    """Holds the backend from the moment it is ready; until then, and after closing, calls are refused."""
+
+    def __init__(self) -> None:
+        self._backend: Backend | None = None
+
+    def open(self, backend: Backend) -> None:
+        """Let calls through."""
+        self._backend = backend
+
+    def close(self) -> None:
+        """Refuse calls again."""
+        self._backend = None
+
+    @property
+    def backend(self) -> Backend:
+        """The backend. Raises EngineUnavailableError while there is none."""
+        if self._backend is None:
+            raise EngineUnavailableError("the server is starting or stopping", retry_after_s=2.0)
+        return self._backend
+
+    async def resolve(
+        self, ref: AdapterRef, principal: Principal, progress: Progress | None = None
+    ) -> AdapterVersion:
+        """Resolve a reference for a caller; what it may not see does not exist.
+
+        Raises:
+            NotFoundError: unknown, or another tenant's: the same words for both.
+        """
+        missing = NotFoundError(f"no adapter {ref} here", metadata={"adapter": str(ref)})
+        versions = self.backend.versions
+        if versions is None or not may_see(principal, ref.tenant):
+            raise missing
+        try:
+            return await versions.resolve(ref, progress)
+        except AdapterNotFoundError:
+            raise missing from None
