@@ -230,7 +230,7 @@ def _set_environment(config: Config) -> None:
 
     if current_platform.is_cpu():
         # vLLM would put the model into a process of its own, and the engine core would poll for its answers: on
-        # few cores that polling takes a third of the throughput (docs/performance.md). The engine core is a
+        # few cores that polling takes much of the throughput (docs/adr/0001). The engine core is a
         # process of its own in any case.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -98,6 +98,25 @@ async def test_another_tenants_adapter_cannot_be_told_from_one_that_is_not_there
         assert rig.engine.adapters == {}
 
 
+async def test_a_resident_adapter_of_another_tenant_is_neither_listed_nor_found(shop: Shop) -> None:
+    shop.publish("acme/orders")
+    shop.publish("globex/tickets")
+    acme_key, acme_entry = make_key("acme-app", "acme")
+    globex_key, globex_entry = make_key("globex-app", "globex")
+    keys = acme_entry + globex_entry
+    async with (
+        running(shop, keys=keys) as rig,
+        rig.client(acme_key) as acme,
+        rig.client(globex_key) as globex,
+    ):
+        await acme.generate("x", adapter="acme/orders", sampling=FOUR)
+        await globex.generate("x", adapter="globex/tickets", sampling=FOUR)
+        assert [adapter.tenant async for adapter in acme.list_adapters()] == ["acme"]
+        assert [adapter.tenant async for adapter in globex.list_adapters()] == ["globex"]
+        with pytest.raises(AdapterNotFoundError):
+            await globex.get_adapter("acme/orders")
+
+
 async def test_calls_without_a_known_key_are_refused(shop: Shop) -> None:
     _, entry = make_key("app", "acme")
     async with running(shop, keys=entry) as rig:

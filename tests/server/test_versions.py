@@ -3,12 +3,18 @@
 import asyncio
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loraplex_registry.errors import AdapterNotFoundError, SignatureInvalidError, StoreUnavailableError
+from loraplex_registry.errors import (
+    AdapterNotFoundError,
+    BaseMismatchError,
+    SignatureInvalidError,
+    StoreUnavailableError,
+)
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, StagedAdapter
 from loraplex_registry.store import open_store
@@ -98,6 +104,16 @@ async def test_a_refusal_is_not_remembered(shop: Shop) -> None:
         await versions.resolve(ORDERS)
     good = shop.publish("acme/orders", seed=2, tag="prod")
     assert (await versions.resolve(ORDERS)).digest == good.digest
+
+
+async def test_a_version_for_another_base_is_refused_before_anything_is_fetched(shop: Shop) -> None:
+    registry = GatedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry)
+    shop.base = replace(shop.base, digest="sha256:" + "1" * 64)
+    shop.publish("acme/orders", tag="prod")
+    with pytest.raises(BaseMismatchError):
+        await versions.resolve(ORDERS)
+    assert registry.fetches == 0
 
 
 async def test_a_fetch_that_nobody_waits_for_any_more_leaves_no_directory(shop: Shop) -> None:
