@@ -6,13 +6,15 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 CODE := registry/loraplex_registry server/loraplex_server client/loraplex_client trainer/loraplex_trainer \
 	examples/loraplex_examples benchmarks tests
 TESTS ?= tests
+# The area whose campaigns `make reliability` runs.
+K ?= registry
 # OpenMP threads that spin while they wait slow each other down as soon as two programs share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gpu-setup s3-setup demo test check format bench protos clean
+.PHONY: setup gpu-setup s3-setup bench-setup demo test reliability check format bench protos clean
 
 # Idempotent: each stamp is made again only when its inputs change.
-setup: $(VENV)/.setup .venv-protos/.setup .venv-s3/.setup
+setup: $(VENV)/.setup .venv-protos/.setup .venv-s3/.setup .venv-interop/.setup
 
 $(VENV)/.setup: pyproject.toml constraints.txt scripts/setup_cpu.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" CPU_WHEELS="$(CPU_WHEELS)" sh scripts/setup_cpu.sh
@@ -31,6 +33,19 @@ s3-setup: .venv-s3/.setup
 	.venv-s3/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-s3.txt
 	@touch $@
 
+# The stock `model_signing` command, which must verify what we sign; its 35 packages stay out of ours.
+.venv-interop/.setup: scripts/requirements-interop.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-interop.txt
+	@touch $@
+
+# What the registry's benchmark is measured against.
+bench-setup: .venv-bench/.setup
+.venv-bench/.setup: scripts/requirements-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-bench.txt
+	@touch $@
+
 # On a machine with an NVIDIA GPU, instead of `make setup`: the same code, vLLM's CUDA build.
 gpu-setup:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +60,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
 
+# make reliability [K=registry]: the long campaigns, with a table of figures at the end
+reliability: setup
+	$(BIN)/python -m pytest tests/reliability -m reliability -k $(K) -s --save-figures $(K)
+
 check: setup
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -56,7 +75,8 @@ format: setup
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-bench: setup
+bench: setup bench-setup
+	$(BIN)/python -m benchmarks.registry_io --json
 	$(BIN)/python -m benchmarks.lora_overhead --json
 	$(BIN)/python -m benchmarks.memory --json
 
@@ -64,4 +84,4 @@ protos: .venv-protos/.setup
 	sh scripts/protos.sh
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-s3 build dist
+	rm -rf $(VENV) .venv-protos .venv-s3 .venv-interop .venv-bench build dist

@@ -61,18 +61,25 @@ def as_table(measurements: Iterable[Measurement]) -> str:
 
 def save(benchmark: str, settings: dict[str, Any], measurements: Sequence[Measurement]) -> Path:
     """Write measurements with machine, versions, commit and date to `results/<benchmark>.json`."""
+    return _save(benchmark, {"settings": settings, "measurements": [asdict(one) for one in measurements]})
+
+
+def save_figures(campaign: str, figures: Sequence[dict[str, Any]]) -> Path:
+    """Write the figures of a reliability campaign in the same way."""
+    return _save(campaign, {"figures": list(figures)})
+
+
+def _save(name: str, content: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}.json"
-    content = {
-        "benchmark": benchmark,
+    path = RESULTS / f"{name}.json"
+    head = {
+        "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": _commit(),
         "machine": machine(),
         "versions": _versions(),
-        "settings": settings,
-        "measurements": [asdict(one) for one in measurements],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(head | content, indent=1) + "\n")
     return path
 
 

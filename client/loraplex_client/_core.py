@@ -40,6 +40,7 @@ _ERROR_OF_REASON: dict[str, type[errors.LoraplexError]] = {
     "RANK_TOO_LARGE": errors.AdapterRefusedError,
     "REVOKED": errors.AdapterRefusedError,
     "EXPIRED": errors.AdapterRefusedError,
+    "ROLLBACK": errors.AdapterRefusedError,
     "QUEUE_FULL": errors.OverloadedError,
     "TENANT_QUOTA": errors.OverloadedError,
     "ADAPTER_NOT_READY": errors.UnavailableError,

@@ -172,7 +172,7 @@ def make_keys(demo: Demo) -> None:
 
     rules, entries = ['version = 1\ndefault = "deny"\n'], []
     for tenant in TENANTS:
-        demo.run("registry", "keys", "gen", f"{tenant}.key")
+        demo.run("registry", "keys", "gen", f"{tenant}.key", "--no-passphrase")
         rules.append(f'[[rules]]\nscope = "{tenant}/**"\nkeys = [{{ path = "{tenant}.pub" }}]\n')
         demo.api_keys[tenant], entry = make_key(f"{tenant}-app", tenant)
         entries.append(entry)
@@ -217,7 +217,7 @@ eager = true
 [adapters]
 slots = 4
 rank_max = 16
-staging_dir = "staging"
+cache_dir = "cache"
 [registry]
 url = "{demo.registry}"
 policy = "policy.toml"

@@ -15,7 +15,10 @@ RegistryError
 │   ├── DigestMismatchError        DIGEST_MISMATCH       exit 5
 │   ├── DamagedError               DIGEST_MISMATCH       exit 8
 │   ├── PolicyRefusedError         POLICY_REFUSED        exit 6
-│   └── ExpiredError               EXPIRED               exit 6
+│   ├── ExpiredError               EXPIRED               exit 6
+│   │   └── StaleRevocationError   EXPIRED               exit 6
+│   ├── RevokedError               REVOKED               exit 6
+│   └── RollbackError              ROLLBACK              exit 6
 └── StoreError                     the storage
     ├── StoreUnavailableError      STORE_UNAVAILABLE     exit 7   retry later
     ├── StoreRefusedError          STORE_UNAVAILABLE     exit 7   the operator must act
@@ -29,7 +32,10 @@ content of an adapter, so it may be shown to a user and logged.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from .format.tags import TagObject
 
 
 class RegistryError(Exception):
@@ -69,10 +75,18 @@ class SettingsError(CallerError):
 
 
 class AdapterNotFoundError(CallerError):
-    """No committed version answers to the reference."""
+    """No committed version answers to the reference.
+
+    Attributes:
+        removed: the tag object that says the tag was removed, unverified; None when that is not the reason.
+    """
 
     code = "ADAPTER_NOT_FOUND"
     exit_code = 3
+
+    def __init__(self, message: str, *, removed: TagObject | None = None) -> None:
+        super().__init__(message)
+        self.removed = removed
 
 
 class ConflictError(CallerError):
@@ -136,9 +150,27 @@ class PolicyRefusedError(TrustError):
 
 
 class ExpiredError(TrustError):
-    """The signing key is outside the dates the policy gives it."""
+    """A key, a certificate or a tag is outside its dates, or the clock is."""
 
     code = "EXPIRED"
+    exit_code = 6
+
+
+class StaleRevocationError(ExpiredError):
+    """The policy demands a revocation list, and there is none or it is too old."""
+
+
+class RevokedError(TrustError):
+    """The version or a key that signed for it is on the tenant's revocation list."""
+
+    code = "REVOKED"
+    exit_code = 6
+
+
+class RollbackError(TrustError):
+    """A tag or a revocation list is older than, or contradicts, one that was seen before."""
+
+    code = "ROLLBACK"
     exit_code = 6
 
 

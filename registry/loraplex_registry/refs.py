@@ -4,11 +4,13 @@
 acme/orders                      the newest committed version
 acme/orders@prod                 the version the tag `prod` points to
 acme/orders@3                    version 3
+acme/orders@1.2.0-rc.1           version 1.2.0-rc.1 (Semantic Versioning 2.0.0, without build metadata)
 acme/orders@sha256:<64 hex>      the version whose manifest has this digest
 ```
 
 Laws: `AdapterRef.parse(str(ref)) == ref`; no name can hold a path separator, `..`, a NUL or an upper-case letter, so
-names may be used to build keys and paths. A tag begins with a letter, so that it can never be read as a version.
+names may be used to build keys and paths. A tag begins with a letter and a version with a digit, so that neither can
+be read as the other. `version_order` is a total order: semver precedence, an integer N standing just before N.0.0.
 """
 
 from __future__ import annotations
@@ -23,11 +25,24 @@ NAME_LENGTH_MAX: Final = 64
 """Longest tenant, adapter or tag name, in characters."""
 
 VERSION_MAX: Final = 999_999_999
-"""Largest version number."""
+"""Largest version number, and largest number within a semantic version."""
+
+VERSION_LENGTH_MAX: Final = 64
+"""Longest semantic version, in characters."""
+
+Version = int | str
+"""A version's name: a whole number of 1 to VERSION_MAX, or a semantic version as text."""
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _TAG = re.compile(r"[a-z](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_PART = r"(?:0|[1-9][0-9]{0,8})"
+_IDENTIFIER = rf"(?:{_PART}|[0-9]*[a-z-][0-9a-z-]*)"
+# Build metadata is left out: semver gives it no precedence, so two versions would be equal and yet differ.
+_SEMVER = re.compile(
+    rf"(?P<major>{_PART})\.(?P<minor>{_PART})\.(?P<patch>{_PART})"
+    rf"(?:-(?P<pre>{_IDENTIFIER}(?:\.{_IDENTIFIER})*))?(?<!-)"
+)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME_RULE = (
     f"use 1 to {NAME_LENGTH_MAX} of a-z 0-9 . _ - , beginning and ending with a letter or digit, without '..'"
@@ -41,7 +56,7 @@ class AdapterRef:
     tenant: str
     adapter: str
     tag: str | None = None
-    version: int | None = None
+    version: Version | None = None
     digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,11 +92,7 @@ class AdapterRef:
         if selector.startswith("sha256:"):
             return cls(tenant, adapter, digest=selector)
         if selector[0].isdigit():
-            if not _VERSION.fullmatch(selector):
-                raise InvalidReferenceError(
-                    f"version {_shown(selector)} is not a whole number without leading zero."
-                )
-            return cls(tenant, adapter, version=int(selector))
+            return cls(tenant, adapter, version=parse_version(selector))
         return cls(tenant, adapter, tag=selector)
 
     @property
@@ -108,10 +119,49 @@ def check_tag(tag: str) -> None:
         )
 
 
-def check_version(version: int) -> None:
-    """Raise InvalidReferenceError when `version` is not within 1..VERSION_MAX."""
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION_MAX:
+def parse_version(text: str) -> Version:
+    """Return the version written as `3` or `1.2.0-rc.1`; `str()` of the result is `text` again.
+
+    Raises:
+        InvalidReferenceError: the text is neither.
+    """
+    if _NUMBER.fullmatch(text):
+        return int(text)
+    check_version(text)
+    return text
+
+
+def check_version(version: Version) -> None:
+    """Raise InvalidReferenceError when `version` is neither within 1..VERSION_MAX nor a semantic version.
+
+    Semantic versions are those of https://semver.org (2.0.0) in lower case, without build metadata, of at most
+    VERSION_LENGTH_MAX characters.
+    """
+    if isinstance(version, str):
+        if len(version) > VERSION_LENGTH_MAX or not _SEMVER.fullmatch(version):
+            raise InvalidReferenceError(
+                f"version {_shown(version)} is neither a whole number without leading zero nor a semantic version "
+                "like 1.2.0 or 1.2.0-rc.1."
+            )
+    elif isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION_MAX:
         raise InvalidReferenceError(f"version {_shown(str(version))} is not within 1 to {VERSION_MAX}.")
+
+
+def version_order(version: Version) -> tuple[object, ...]:
+    """Return a sort key: semver precedence (section 11 of the specification), N just before N.0.0-… and N.0.0."""
+    if isinstance(version, int):
+        return (version, 0, 0, -1, ())
+    match = _SEMVER.fullmatch(version)
+    if match is None:
+        raise InvalidReferenceError(f"version {_shown(version)} is not a semantic version.")
+    numbers = tuple(int(match[name]) for name in ("major", "minor", "patch"))
+    if match["pre"] is None:
+        return (*numbers, 1, ())
+    # Numeric identifiers sort below others and by value; a longer list sorts above its own beginning.
+    identifiers = tuple(
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in match["pre"].split(".")
+    )
+    return (*numbers, 0, identifiers)
 
 
 def check_digest(digest: str) -> None:

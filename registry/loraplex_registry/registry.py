@@ -14,23 +14,42 @@ with a `.code`; `.retryable` says whether to try again.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from . import layout
-from .base import BaseModel, Progress
-from .canonical import canonical
-from .errors import AdapterNotFoundError, InvalidReferenceError, KeyAbsentError, KeyConflictError
-from .fetch import StagedAdapter, pull, stage
-from .publish import Content, CountingStore, Publication, list_versions
-from .record import FORMAT, RECORD_BYTES_MAX, AbortedRecord, CommittedRecord, PendingRecord, read_record
-from .refs import AdapterRef
+from .delivery.fetch import StagedAdapter, pull, stage, stage_into, stored_bytes
+from .encryption.data_keys import RingSealer
+from .encryption.key_providers import KeyRing
+from .errors import AdapterNotFoundError, InvalidReferenceError, KeyAbsentError
+from .format import layout
+from .format.canonical import StrictJsonError
+from .format.manifest import check_annotations
+from .format.record import (
+    RECORD_BYTES_MAX,
+    AbortedRecord,
+    CommittedRecord,
+    DeletedRecord,
+    DeletingRecord,
+    PendingRecord,
+    Record,
+    check_attestations,
+    read_record,
+)
+from .format.tags import TagObject, read_tag
+from .lifecycle.content import Sealer, Signed
+from .lifecycle.publish import Content, Publication, list_versions
+from .refs import AdapterRef, Version, version_order
 from .signing import Signer
-from .store import Store
-from .tags import TagObject, read_tag
-from .trust import TrustPolicy, VerifiedManifest, verify
-from .weights import Limits, validate_adapter
+from .storage.root_marker import initialise, require_writable
+from .storage.store import CountingStore, Store
+from .trust.marks import MemoryMarks
+from .trust.revocations import RevocationObject, poll
+from .trust.verdict import Trace, TrustPolicy, VerifiedManifest, verify
+from .validation.base import BaseModel, Progress
+from .validation.lora_config import AdapterConfig
+from .validation.weights import Limits, validate_adapter
 
 __all__ = [
     "Published",
@@ -49,24 +68,26 @@ class Published:
     Attributes:
         ref: tenant, adapter and digest: the reference that will never mean anything else.
         digest: `sha256:…` of the manifest.
-        version: the version number.
+        version: its number or semantic version.
         created: False when the same bytes were published before and nothing was written.
         size_bytes: bytes of all files of the version.
-        requests: requests to the store, all together.
-        keyid: id of the key that signed.
+        requests: requests to the store, all together; the root's marker, read once per `Registry`, is not among them.
+        keyid: id of the key that signed; empty when it was signed elsewhere.
+        tag_generation: the tag's generation now, None without tag.
         tag: the tag asked for, if any.
         tag_moved: False when there was none, or it pointed here already.
     """
 
     ref: AdapterRef
     digest: str
-    version: int
+    version: Version
     created: bool
     size_bytes: int
     requests: int
     keyid: str
     tag: str | None
     tag_moved: bool
+    tag_generation: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +95,7 @@ class Resolved:
     """What the store says a reference means. NOT verified: pass it to `Registry.verify` before believing any of it."""
 
     ref: AdapterRef
-    version: int
+    version: Version
     digest: str
     record: CommittedRecord
     tag: TagObject | None = None
@@ -82,9 +103,11 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class VersionState:
-    """A version as listed, unverified: state is `committed`, `pending` or `aborted`; digest only when committed."""
+    """A version as listed, unverified. `state` is that of its record; the rest is known of committed versions only,
+    the digest of deleted ones too.
+    """
 
-    version: int
+    version: Version
     state: str
     digest: str | None
     created: str | None
@@ -97,11 +120,27 @@ def utc_now() -> dt.datetime:
 
 
 class Registry:
-    """Adapters in a store. Holds no state but the store and the clock, so it is safe to share between threads."""
+    """Adapters in a store. Holds no state but store, clock and key addresses, so threads may share it.
 
-    def __init__(self, store: Store, *, clock: Callable[[], dt.datetime] = utc_now) -> None:
+    Args:
+        store: where everything lies.
+        clock: the time of day.
+        keys: key-encryption keys. With any, new versions are encrypted by the first; without, encrypted versions
+            cannot be read.
+    """
+
+    def __init__(
+        self, store: Store, *, clock: Callable[[], dt.datetime] = utc_now, keys: KeyRing | None = None
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._keys = keys or KeyRing()
+        self._writable = False
+
+    @property
+    def store(self) -> Store:
+        """The store, for the operations that are not methods here (`tagging`, `delete`, `gc`, `fsck`, …)."""
+        return self._store
 
     @property
     def url(self) -> str:
@@ -109,24 +148,36 @@ class Registry:
         return self._store.url
 
     def initialise(self) -> bool:
-        """Write the root's format marker; return False when it is there already."""
-        self._store.prepare()
-        try:
-            self._store.create(layout.FORMAT_KEY, canonical({"fmt": FORMAT}))
-        except KeyConflictError:
-            return False
-        return True
+        """Make the root ready for writers; see `root_marker.initialise`. False when it was ready before."""
+        return initialise(self._store, now=self._clock())
+
+    def require_writable(self) -> None:
+        """Refuse to write where conditional writes were not proven; asks the root's marker once per object.
+
+        Raises:
+            StoreRefusedError: see `root_marker.require_writable`.
+        """
+        if not self._writable:
+            self._store.prepare()
+            require_writable(self._store)
+            self._writable = True
 
     def publish(
         self,
         directory: str | Path,
         ref: AdapterRef,
-        signer: Signer,
+        signer: Signer | Sequence[Signer],
         base: BaseModel,
         *,
         limits: Limits | None = None,
         tag: str | None = None,
-        version: int | None = None,
+        version: Version | None = None,
+        expect: int | str | None = None,
+        expires: str = "",
+        annotations: Mapping[str, str] | None = None,
+        attest: Sequence[dict[str, Any]] = (),
+        signed: Signed | None = None,
+        sealer: Sealer | None = None,
         progress: Progress | None = None,
     ) -> Published:
         """Check, sign and commit an adapter directory; then move a tag to it when asked.
@@ -137,16 +188,23 @@ class Registry:
         Args:
             directory: the adapter, as PEFT saves it.
             ref: tenant and adapter; its version or tag, if any, count like the arguments. A digest is refused.
-            signer: signs the version, and the tag.
+            signer: signs the version, and the tag; of several the first signs the version and all the tag.
             base: the base model it was trained on.
             limits: default `Limits()`.
             tag: moved to the version after the commit.
-            version: number wanted; default the next free one.
+            version: wanted; default the next free number.
+            expect: what the tag must be now, see `tagging.move_tag`; looked at before anything is written.
+            expires: UTC time from which the tag's statement is not believed any more, "" for never.
+            annotations: names and texts to sign with it; see `manifest.check_annotations`.
+            attest: signed statements to attach.
+            signed: manifest and bundle made elsewhere; `signer` then signs the tag alone and may be empty.
+            sealer: encrypts what is stored; default the registry's keys, if it has any.
             progress: phases "check" and "upload".
 
         Raises:
             UnsupportedAdapterError, RankTooLargeError, BaseMismatchError: the directory; nothing was written.
-            ConflictError: the version exists with other content or is being pushed, or the tag keeps moving.
+            ConflictError: the version exists with other content or is being pushed, or the tag is not as expected
+                or keeps moving.
             StoreUnavailableError, StoreRefusedError: the storage.
         """
         tag, version = tag or ref.tag, version or ref.version
@@ -155,23 +213,39 @@ class Registry:
         name = AdapterRef(ref.tenant, ref.adapter)
         AdapterRef(ref.tenant, ref.adapter, tag=tag)
         AdapterRef(ref.tenant, ref.adapter, version=version)
-        facts = validate_adapter(directory, base, limits, progress=progress)
-        store = CountingStore(self._store)
-        publication = Publication(
-            store, name, Content(Path(directory), facts, base, base.to_json()), signer, self._clock()
+        signers = (signer,) if isinstance(signer, Signer) else tuple(signer)
+        content = Content(
+            Path(directory),
+            validate_adapter(directory, base, limits, progress=progress),
+            base,
+            base.to_json(),
+            annotations=checked_annotations(annotations or {}),
+            attest=checked_attestations(attest),
+            signed=signed,
         )
+        self.require_writable()
+        self.require_writable()
+        store = CountingStore(self._store)
+        if sealer is None and self._keys:
+            sealer = RingSealer(self._keys)
+        publication = Publication(store, name, content, signers, self._clock(), sealer=sealer)
+        if tag is not None:
+            publication.look_at_tag(tag, expect)
         outcome = publication.run(version=version, progress=progress)
-        moved = publication.move_tag(tag, outcome) if tag is not None else False
+        move = None
+        if tag is not None:
+            move = publication.move_tag(tag, outcome, expect=expect, expires=expires)
         return Published(
             ref=AdapterRef(ref.tenant, ref.adapter, digest=outcome.record.digest),
             digest=outcome.record.digest,
             version=outcome.version,
             created=outcome.created,
-            size_bytes=sum(file.size for file in outcome.record.files),
+            size_bytes=content.size_bytes,
             requests=store.requests,
-            keyid=signer.keyid,
+            keyid=signers[0].keyid if signed is None else "",
             tag=tag,
-            tag_moved=moved,
+            tag_moved=move is not None and move.moved,
+            tag_generation=None if move is None else move.statement.generation,
         )
 
     def resolve(self, ref: AdapterRef) -> Resolved:
@@ -189,7 +263,7 @@ class Registry:
         versions = (
             [ref.version]
             if ref.version is not None
-            else sorted(list_versions(self._store, ref), reverse=True)
+            else sorted(list_versions(self._store, ref), key=version_order, reverse=True)
         )
         for version in versions:
             record = self._record(ref, version)
@@ -206,18 +280,26 @@ class Registry:
         *,
         base_digest: str | None = None,
         now: dt.datetime | None = None,
+        revocations: RevocationObject | None = None,
+        marks: MemoryMarks | None = None,
+        trace: Trace | None = None,
     ) -> VerifiedManifest:
-        """Decide whether what was resolved may be used; touches neither network nor disk. Rules: see `trust`.
+        """Decide whether what was resolved may be used; asks the network for nothing. The checks: see `trust`.
+
+        `verifier.Verifier` does this with the revocation list and the marks kept up to date.
 
         Args:
             resolved: from `resolve`.
             policy: the trust policy.
             base_digest: digest of the base that will serve it; None accepts any.
-            now: time to judge key dates by; default the registry's clock.
+            now: time to judge dates by; default the registry's clock.
+            revocations: the tenant's list, from `revocations`.
+            marks: what was seen before; a newer tag or list is remembered.
+            trace: is told of every check.
 
         Raises:
-            PolicyRefusedError, SignatureInvalidError, ExpiredError, DigestMismatchError, RankTooLargeError,
-            BaseMismatchError: why not.
+            PolicyRefusedError, SignatureInvalidError, ExpiredError, DigestMismatchError, RevokedError, RollbackError,
+            RankTooLargeError, BaseMismatchError: why not.
         """
         return verify(
             resolved.ref,
@@ -227,7 +309,19 @@ class Registry:
             policy=policy,
             now=now or self._clock(),
             base_digest=base_digest,
+            revocations=revocations,
+            marks=marks,
+            trace=trace,
         )
+
+    def revocations(self, tenant: str, previous: RevocationObject | None = None) -> RevocationObject | None:
+        """Return a tenant's revocation list, unverified, None without one; `previous` itself when nothing changed.
+
+        Raises:
+            DamagedError: the object is unreadable.
+            StoreUnavailableError, StoreRefusedError: the storage.
+        """
+        return poll(self._store, tenant, previous)
 
     def fetch(
         self,
@@ -256,8 +350,58 @@ class Registry:
             StoreUnavailableError, StoreRefusedError: the storage; nothing half-done is left.
         """
         return stage(
-            self._store, verified, Path(directory), base=base, limits=limits or Limits(), progress=progress
+            self._store,
+            verified,
+            Path(directory),
+            base=base,
+            limits=limits or Limits(),
+            keys=self._keys,
+            progress=progress,
         )
+
+    def fetch_into(
+        self,
+        verified: VerifiedManifest,
+        target: int,
+        *,
+        base: BaseModel,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+    ) -> AdapterConfig:
+        """Fill an empty file, such as memory that is to be sealed, with a version's checked weights.
+
+        Args:
+            verified: from `verify`.
+            target: descriptor, open for writing.
+            base: the base that will serve it.
+            limits: default `Limits()`.
+            progress: phase "fetch".
+
+        Returns:
+            The checked settings; `to_json` gives the configuration that belongs to the weights.
+
+        Raises:
+            OSError: the target.
+            Others: as `fetch`.
+        """
+        return stage_into(
+            self._store,
+            verified,
+            target,
+            base=base,
+            limits=limits or Limits(),
+            keys=self._keys,
+            progress=progress,
+        )
+
+    def read_file(self, verified: VerifiedManifest, name: str) -> bytes:
+        """Return the checked bytes of one small file of a version; without a request when the record holds it.
+
+        Raises:
+            DigestMismatchError, DamagedError: the store's bytes are not the signed ones.
+            StoreUnavailableError, StoreRefusedError: the storage.
+        """
+        return stored_bytes(self._store, verified, name, keys=self._keys)
 
     def pull(
         self,
@@ -275,7 +419,14 @@ class Registry:
             ConflictError: the directory exists and is not empty.
             Others: as `fetch`.
         """
-        pull(self._store, verified, Path(directory), limits=limits or Limits(), progress=progress)
+        pull(
+            self._store,
+            verified,
+            Path(directory),
+            limits=limits or Limits(),
+            keys=self._keys,
+            progress=progress,
+        )
 
     def tenants(self) -> Iterator[str]:
         """Yield the tenants' names in order."""
@@ -293,14 +444,10 @@ class Registry:
 
     def versions(self, ref: AdapterRef) -> Iterator[VersionState]:
         """Yield an adapter's versions, newest first; one request each after the listing. Nothing is verified."""
-        for version in sorted(list_versions(self._store, ref), reverse=True):
+        for version in sorted(list_versions(self._store, ref), key=version_order, reverse=True):
             record = self._record(ref, version)
-            if isinstance(record, CommittedRecord):
-                manifest = record.manifest_unverified()
-                yield VersionState(version, "committed", record.digest, manifest.created, manifest.size_bytes)
-            elif isinstance(record, PendingRecord | AbortedRecord):
-                state = "pending" if isinstance(record, PendingRecord) else "aborted"
-                yield VersionState(version, state, None, None, None)
+            if record is not None:
+                yield _version_state(version, record)
 
     def _directories(self, prefix: str) -> Iterator[str]:
         for name in self._store.children(prefix):
@@ -316,13 +463,47 @@ class Registry:
                 f"{ref} is not in {self._store.url}; `registry ls {ref.name}` shows what is."
             ) from error
         tag = read_tag(item.body, where=str(ref))
+        if tag.record is None or tag.statement.version is None:
+            raise AdapterNotFoundError(f"{ref} was removed; `registry log {ref}` shows when.", removed=tag)
         return Resolved(ref, tag.statement.version, tag.record.digest, tag.record, tag)
 
-    def _record(
-        self, ref: AdapterRef, version: int
-    ) -> CommittedRecord | PendingRecord | AbortedRecord | None:
+    def _record(self, ref: AdapterRef, version: Version) -> Record | None:
         try:
             item = self._store.get(layout.version_key(ref, version), limit_bytes=RECORD_BYTES_MAX)
         except KeyAbsentError:
             return None
         return read_record(item.body, version=version, where=f"{ref.name}@{version}")
+
+
+def checked_annotations(value: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return annotations in the manifest's form.
+
+    Raises:
+        InvalidReferenceError: a name or a text is out of shape, or there are too many.
+    """
+    try:
+        return check_annotations(dict(value))
+    except StrictJsonError as error:
+        raise InvalidReferenceError(f"The annotations are refused: {error}.") from error
+
+
+def checked_attestations(value: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return statements to attach, checked for number and size.
+
+    Raises:
+        InvalidReferenceError: too many or too long.
+    """
+    try:
+        return check_attestations(list(value))
+    except StrictJsonError as error:
+        raise InvalidReferenceError(f"The attestations are refused: {error}.") from error
+
+
+def _version_state(version: Version, record: Record) -> VersionState:
+    if isinstance(record, CommittedRecord):
+        manifest = record.manifest_unverified()
+        return VersionState(version, "committed", record.digest, manifest.created, manifest.size_bytes)
+    if isinstance(record, DeletedRecord):
+        return VersionState(version, "deleted", f"sha256:{record.manifest_sha256}", None, None)
+    states = {PendingRecord: "pending", AbortedRecord: "aborted", DeletingRecord: "deleting"}
+    return VersionState(version, states[type(record)], None, None, None)

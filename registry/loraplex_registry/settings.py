@@ -4,11 +4,13 @@
 # ~/.config/loraplex/config.toml   ($XDG_CONFIG_HOME is honoured)
 registry = "file:///home/you/.local/share/loraplex/registry"   # or "s3://bucket/prefix"
 tenant = "acme"                # whose adapters `registry push ./adapter` means
-key = "keys/acme.key"          # private key; paths are relative to this file
+key = "keys/acme.key"          # private key, or "awskms:alias/…"; paths are relative to this file
 policy = "policy.toml"         # trust policy
 base = "/models/base"          # base model directory or base card, when the adapter carries none
 endpoint_url = "http://…"      # S3 server other than AWS
 region = "eu-central-1"
+encryption_key = "file:keys/acme.kek"   # or "awskms:arn:…", "vault:…"; the first wraps, others after commas unwrap
+audit = "on"                   # record in the tenant's audit log what is done with the key
 ```
 """
 
@@ -21,8 +23,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
+from .encryption.key_providers import anchored_addresses
 from .errors import SettingsError
 from .refs import check_name
+from .signing.signers import is_signer_uri
 
 SETTINGS_BYTES_MAX: Final = 64 << 10
 """Longest settings file, in bytes (64 KiB)."""
@@ -39,6 +43,8 @@ class Settings:
     base: str | None = None
     endpoint_url: str | None = None
     region: str | None = None
+    encryption_key: str | None = None
+    audit: str | None = None
 
     def overridden(self, **values: str | None) -> Settings:
         """Return these settings with every value that is given replaced."""
@@ -66,6 +72,11 @@ def config_directory(environment: Mapping[str, str]) -> Path:
 def data_directory(environment: Mapping[str, str]) -> Path:
     """Return the directory of a local registry."""
     return _xdg(environment, "XDG_DATA_HOME", ".local/share") / "loraplex"
+
+
+def state_directory(environment: Mapping[str, str]) -> Path:
+    """Return the directory of what was seen before (high-water marks)."""
+    return _xdg(environment, "XDG_STATE_HOME", ".local/state") / "loraplex"
 
 
 def settings_path(environment: Mapping[str, str]) -> Path:
@@ -104,8 +115,12 @@ def _from_file(path: Path) -> Settings:
     if "tenant" in table:
         check_name("tenant", table["tenant"])
     for key in ("key", "policy", "base"):
-        if key in table:
+        if key in table and not (key == "key" and is_signer_uri(table[key])):
             table[key] = str(path.parent / Path(table[key]).expanduser())
+    if table.get("audit", "on") not in {"on", "off"}:
+        raise SettingsError(f'{path}: audit must be "on" or "off".')
+    if "encryption_key" in table:
+        table["encryption_key"] = anchored_addresses(table["encryption_key"], path.parent)
     return Settings(**table)
 
 

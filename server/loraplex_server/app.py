@@ -8,7 +8,6 @@ with status 1 for its supervisor to start it again.
 
 import argparse
 import asyncio
-import fcntl
 import logging
 import os
 import signal
@@ -23,11 +22,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex_registry.delivery.cache import Cache
+from loraplex_registry.encryption.key_providers import KeyRing
 from loraplex_registry.errors import RegistryError
 from loraplex_registry.registry import Registry
-from loraplex_registry.store import open_store
-from loraplex_registry.trust import TrustPolicy
-from loraplex_registry.weights import Limits
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.trust.marks import FileMarks, marks_directory
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.trust.verifier import Verifier
+from loraplex_registry.validation.weights import Limits
 from loraplex_server.adapter_service import AdapterService
 from loraplex_server.admission import Admission
 from loraplex_server.auth import Authenticator
@@ -40,7 +43,7 @@ from loraplex_server.generation_service import GenerationService
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.residency import Residency
-from loraplex_server.versions import Versions, clear_staging
+from loraplex_server.versions import Versions
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class App:
         self._residency: Residency | None = None
         self._grpc: Any = None
         self._page: MetricsPage | None = None
-        self._staging_lock: int | None = None
+        self._versions: Versions | None = None
         self.port = 0
         self.metrics_port = 0
 
@@ -85,13 +88,13 @@ class App:
             else Authenticator(None)
         )
         policy = self._load_policy()
-        staging = self._claim_staging()
+        cache = self._open_cache()
         host, port = split_address(self._config.server.metrics_listen)
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
         await self._engine.start()
-        self._gate.open(self._backend(policy, staging))
+        self._gate.open(self._backend(policy, cache))
         await self._set_health(_SERVING)
 
     async def wait(self) -> None:
@@ -112,9 +115,8 @@ class App:
         if self._page is not None:
             await asyncio.to_thread(self._page.close)
             self._page = None
-        if self._staging_lock is not None:
-            os.close(self._staging_lock)
-            self._staging_lock = None
+        if self._versions is not None:
+            await asyncio.to_thread(self._versions.close)
 
     @property
     def residency(self) -> Residency:
@@ -130,23 +132,19 @@ class App:
         except RegistryError as error:
             raise ConfigError(f"registry.policy: {error}") from error
 
-    def _claim_staging(self) -> Path:
-        """Take the staging directory for this process alone, and empty it of what an earlier one left."""
-        name = self._config.adapters.staging_dir
-        address = self._config.server.listen.replace(":", "-").strip("[]")
-        directory = Path(name) if name else self._cache_dir / "staging" / address
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(directory.with_name(directory.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    def _open_cache(self) -> Cache:
+        """Open the cache of adapters, which other servers may share, and clear up after those that died."""
+        settings = self._config.adapters
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise ConfigError(
-                f"adapters.staging_dir: {directory} is in use by another server; give this one its own"
-            ) from None
-        self._staging_lock = lock
-        clear_staging(directory)
-        return directory
+            cache = Cache(
+                settings.cache_dir or self._cache_dir / "adapters",
+                max_bytes=settings.cache_bytes_max,
+                wait_s=settings.load_timeout_s,
+            )
+            cache.prune()
+        except RegistryError as error:
+            raise ConfigError(f"adapters.cache_dir: {error}") from error
+        return cache
 
     async def _open_port(self, authenticator: Authenticator) -> None:
         server = self._config.server
@@ -179,29 +177,34 @@ class App:
             raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
         await self._grpc.start()
 
-    def _backend(self, policy: TrustPolicy | None, staging: Path) -> Backend:
+    def _backend(self, policy: TrustPolicy | None, cache: Cache) -> Backend:
         config = self._config
         clock = time.monotonic
-        versions = None
         if policy is not None:
-            versions = Versions(
-                registry=self._registry(),
-                policy=policy,
+            registry = self._registry()
+            marks = FileMarks(marks_directory(Path(config.registry.state_dir), registry.url))
+            self._versions = Versions(
+                registry=registry,
+                verifier=Verifier(
+                    registry, policy, marks=marks, refresh_s=config.registry.revocations_ttl_s, clock=clock
+                ),
                 base=self._engine.base,
                 limits=Limits(
                     max_rank=config.adapters.rank_max,
                     max_bytes=config.adapter_bytes_max,
                     embeddings=config.adapters.embeddings,
                 ),
-                staging_dir=staging,
+                cache=cache,
+                sealed=config.adapters.handoff == "sealed",
                 tag_ttl_s=config.registry.tag_ttl_s,
                 stale_s_max=config.registry.stale_s_max,
                 fetches_max=config.adapters.fetches_max,
+                fetch_s_max=config.adapters.load_timeout_s,
                 clock=clock,
             )
         self._residency = Residency(
             engine=self._engine,
-            source=versions or _NoSource(),
+            source=self._versions or _NoSource(),
             events=self._metrics,
             slots=config.adapters.slots,
             load_timeout_s=config.adapters.load_timeout_s,
@@ -212,7 +215,7 @@ class App:
         self._metrics.pins.set_function(lambda: self.residency.pins)
         return Backend(
             engine=self._engine,
-            versions=versions,
+            versions=self._versions,
             residency=self._residency,
             admission=Admission(
                 requests_max=config.limits.requests_max,
@@ -232,7 +235,11 @@ class App:
             )
         except RegistryError as error:
             raise ConfigError(f"registry.url: {error}") from error
-        return Registry(store)
+        try:
+            keys = KeyRing.parse(settings.encryption_key)
+        except RegistryError as error:
+            raise ConfigError(f"registry.encryption_key: {error}") from error
+        return Registry(store, keys=keys)
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
@@ -244,6 +251,9 @@ class _NoSource:
 
     async def stage(self, version: Any, progress: Any) -> Any:  # noqa: ARG002
         raise AssertionError("no registry, yet an adapter was resolved")
+
+    async def confirm(self, staged: Any) -> None:
+        """Nothing was staged."""
 
     async def discard(self, staged: Any) -> None:
         """Nothing was staged."""

@@ -7,14 +7,19 @@ Every limit of the server is a field here, with its unit in the name or the comm
 
 import difflib
 import ipaddress
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from loraplex_registry.delivery.cache import CACHE_BYTES_MAX
+from loraplex_registry.encryption.key_providers import anchored_addresses
+from loraplex_registry.settings import state_directory
 from loraplex_server.errors import ConfigError
 
+HANDOFFS = ("sealed", "directory")
 QUANTIZATIONS = ("nf4", "int8", "none")
 DTYPES = ("bfloat16", "float16", "float32")
 # vLLM sizes its slots by one of these (vllm/config/lora.py).
@@ -60,7 +65,9 @@ class AdapterSettings:
     embeddings: bool = (
         False  # True: adapters of embedding and output layer too; costs slots x rank x vocabulary x 4 B
     )
-    staging_dir: str = ""  # empty: a private directory under the user's cache
+    cache_dir: str = ""  # verified bytes on disk, shared by servers; empty: under the user's cache
+    cache_bytes_max: int = CACHE_BYTES_MAX  # adapters in the engine are kept beyond it
+    handoff: str = "sealed"  # what the engine reads: "sealed" memory, or the cache's own "directory"
     load_timeout_s: float = 60.0  # from first byte to serving, waiting for a slot included
     fetches_max: int = 4  # at the same time
 
@@ -75,6 +82,9 @@ class RegistrySettings:
     region: str = ""
     tag_ttl_s: float = 5.0  # a moved tag is seen after at most this
     stale_s_max: float = 3600.0  # resolved names keep serving this long while the store is down
+    revocations_ttl_s: float = 30.0  # a longer revocation list is seen after at most this
+    state_dir: str = ""  # remembers the newest tags and lists seen; default in $XDG_STATE_HOME
+    encryption_key: str = ""  # keys that unwrap encrypted versions: file:, awskms:, vault:
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +200,7 @@ def _check(config: Config, origin: Path) -> None:
     one_of = [
         ("model.quantization", model.quantization, QUANTIZATIONS),
         ("model.dtype", model.dtype, DTYPES),
+        ("adapters.handoff", adapters.handoff, HANDOFFS),
     ]
     for key, value, allowed in one_of:
         if value not in allowed:
@@ -203,10 +214,12 @@ def _check(config: Config, origin: Path) -> None:
         ("adapters.slots", adapters.slots, 2, 1024),
         ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
         ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
+        ("adapters.cache_bytes_max", adapters.cache_bytes_max, 0, 1 << 60),
         ("adapters.load_timeout_s", adapters.load_timeout_s, 0.1, 3600),
         ("adapters.fetches_max", adapters.fetches_max, 1, 64),
         ("registry.tag_ttl_s", config.registry.tag_ttl_s, 0, 3600),
         ("registry.stale_s_max", config.registry.stale_s_max, 0, 7 * 86_400),
+        ("registry.revocations_ttl_s", config.registry.revocations_ttl_s, 0, 86_400),
         ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
         ("server.drain_s", config.server.drain_s, 0, 3600),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
@@ -265,7 +278,15 @@ def _anchored(config: Config, folder: Path) -> Config:
     return replace(
         config,
         model=replace(model, name=model.name or Path(config.model.path).name),
-        registry=replace(config.registry, policy=anchor(config.registry.policy)),
+        registry=_anchored_registry(config.registry, folder, anchor),
         auth=replace(config.auth, keys=anchor(config.auth.keys)),
-        adapters=replace(config.adapters, staging_dir=anchor(config.adapters.staging_dir)),
+        adapters=replace(config.adapters, cache_dir=anchor(config.adapters.cache_dir)),
     )
+
+
+def _anchored_registry(
+    registry: RegistrySettings, folder: Path, anchor: Callable[[str], str]
+) -> RegistrySettings:
+    keys = anchored_addresses(registry.encryption_key, folder) if registry.encryption_key else ""
+    state = anchor(registry.state_dir) or str(state_directory(os.environ))
+    return replace(registry, policy=anchor(registry.policy), state_dir=state, encryption_key=keys)

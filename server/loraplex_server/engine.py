@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from loraplex_registry.base import BaseModel
+from loraplex_registry.validation.base import BaseModel
 
 
 @dataclass(frozen=True)

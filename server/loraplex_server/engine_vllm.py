@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex_registry.base import BaseModel
-from loraplex_registry.checkpoint import checkpoint_directory
 from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.checkpoint import checkpoint_directory
 from loraplex_server.config import Config
 from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest, Sampling
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError

@@ -307,6 +307,7 @@ class Residency:
         assert entry.adapter is not None
         started = self._clock()
         await self._engine.load(entry.adapter)
+        await self._source.confirm(entry.staged)  # before any request can use it
         entry.state = State.RESIDENT
         self._events.adapter_phase("load", self._clock() - started)
 

@@ -3,24 +3,26 @@
 Promises: what `resolve` returns carries a signature that the trust policy accepts for exactly that tenant,
 adapter, version and base model; a tag is asked for again after `tag_ttl_s`; while the store is down, names
 resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving. Failures are never
-remembered. The registry library is synchronous: its calls run on threads.
+remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read them; on disk they
+stay in a cache that other servers share. The registry library is synchronous: its calls run on threads.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
-from loraplex_registry.base import BaseModel
+from loraplex_registry.delivery.cache import Cache
+from loraplex_registry.delivery.handoff import Handoff, hand_off
 from loraplex_registry.errors import StoreUnavailableError
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, StagedAdapter
-from loraplex_registry.trust import TrustPolicy, VerifiedManifest
-from loraplex_registry.weights import Limits
+from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
+from loraplex_registry.trust.verifier import Verifier
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.weights import Limits
 
 CACHED_NAMES_MAX = 10_000
 
@@ -48,40 +50,46 @@ class AdapterSource(Protocol):
     """Where residency gets an adapter's bytes."""
 
     async def stage(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:
-        """Fetch, check and lay down the bytes. Raises RegistryError; leaves nothing behind then."""
+        """Fetch, check and lay out the bytes. Raises RegistryError; leaves nothing behind then."""
+
+    async def confirm(self, staged: StagedAdapter) -> None:
+        """Raise RegistryError if what the engine has just read may not be what was checked."""
 
     async def discard(self, staged: StagedAdapter) -> None:
-        """Remove the bytes again."""
+        """Let go of the bytes; the engine will not read them again."""
 
 
 class Versions:
-    """Resolves names against one registry and one trust policy, for one base model."""
+    """Resolves names with one verifier (registry, trust policy, what was seen before), for one base model."""
 
     def __init__(
         self,
         *,
         registry: Registry,
-        policy: TrustPolicy,
+        verifier: Verifier,
         base: BaseModel,
         limits: Limits,
-        staging_dir: Path,
+        cache: Cache,
+        sealed: bool = True,
         tag_ttl_s: float,
         stale_s_max: float,
         fetches_max: int,
+        fetch_s_max: float = 3600.0,
         clock: Callable[[], float],
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._registry = registry
-        self._policy = policy
+        self._verifier = verifier
         self._base = base
         self._limits = limits
-        self._staging_dir = staging_dir
+        self._cache = cache
+        self._sealed = sealed
         self._tag_ttl_s = tag_ttl_s
         self._stale_s_max = stale_s_max
+        self._fetch_s_max = fetch_s_max
         self._fetches = asyncio.Semaphore(fetches_max)
         self._clock = clock
-        self._now = now
-        self._left_behind: dict[str, asyncio.Task[StagedAdapter]] = {}
+        self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
+        self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
         self._known: OrderedDict[str, tuple[float, AdapterVersion]] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
@@ -110,11 +118,12 @@ class Versions:
 
     def _resolve(self, ref: AdapterRef, progress: Progress) -> AdapterVersion:
         progress("resolve", 0, 0)
-        resolved = self._registry.resolve(ref)
-        progress("verify", 0, 0)
-        verified = self._registry.verify(
-            resolved, self._policy, base_digest=self._base.digest, now=self._now()
-        )
+
+        def told(check: str, outcome: str, detail: str) -> None:  # noqa: ARG001
+            if check == CHECKS[0]:
+                progress("verify", 0, 0)
+
+        verified = self._verifier.verify(ref, base_digest=self._base.digest, trace=told)
         manifest = verified.manifest
         return AdapterVersion(
             name=f"{manifest.tenant}/{manifest.adapter}@{manifest.digest}",
@@ -132,10 +141,10 @@ class Versions:
             self._known.popitem(last=False)
 
     async def stage(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:
-        """Bring a verified version's bytes into a read-only directory named by its digest.
+        """Bring a verified version's bytes to a path that an engine may load until `discard`.
 
         A thread cannot be stopped: a fetch whose caller left goes on, is taken over by the next caller for the same
-        digest, and is removed if none comes.
+        digest, and is let go if none comes; its bytes stay in the cache.
 
         Raises:
             RegistryError: the bytes are not the signed ones, do not fit the base, or the store failed.
@@ -144,53 +153,53 @@ class Versions:
         if fetch is None:
             fetch = asyncio.create_task(self._fetch(version, progress), name=f"fetch {version.name}")
         try:
-            return await asyncio.shield(fetch)
+            handoff = await asyncio.shield(fetch)
         except asyncio.CancelledError:
             self._left_behind[version.digest] = fetch
             fetch.add_done_callback(partial(self._clear_up, version.digest))
             raise
+        self._handoffs[version.digest] = handoff
+        return handoff.staged
 
-    async def _fetch(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:
+    async def _fetch(self, version: AdapterVersion, progress: Progress) -> Handoff:
         async with self._fetches:
             return await asyncio.to_thread(
-                self._registry.fetch,
+                hand_off,
+                self._registry,
                 version.verified,
-                self._staging_dir,
+                self._cache,
                 base=self._base,
                 limits=self._limits,
+                sealed=self._sealed,
                 progress=progress,
+                deadline_s=self._fetch_s_max,  # so that a store that drips does not hold a thread for ever
             )
 
-    def _clear_up(self, digest: str, fetch: "asyncio.Task[StagedAdapter]") -> None:
+    def _clear_up(self, digest: str, fetch: "asyncio.Task[Handoff]") -> None:
         if self._left_behind.get(digest) is not fetch:
             return  # somebody took it over
         del self._left_behind[digest]
         if not fetch.cancelled() and fetch.exception() is None:
-            remove_staged(fetch.result().path)
+            fetch.result().close()
+
+    async def confirm(self, staged: StagedAdapter) -> None:
+        """Call after the engine has loaded `staged.path`.
+
+        Raises:
+            DigestMismatchError: somebody changed the path meanwhile; the engine must drop what it read.
+        """
+        await asyncio.to_thread(self._handoffs[staged.digest].confirm)
 
     async def discard(self, staged: StagedAdapter) -> None:
-        """Remove a staged directory; removing it twice does nothing."""
-        await asyncio.to_thread(remove_staged, staged.path)
+        """Let go of a path; what is on disk stays in the cache. Doing it twice does nothing."""
+        handoff = self._handoffs.pop(staged.digest, None)
+        if handoff is not None:
+            await asyncio.to_thread(handoff.close)
 
-
-def remove_staged(path: Path) -> None:
-    """Delete one staged directory, which is read-only on purpose."""
-    if not path.is_dir():
-        return
-    path.chmod(0o700)
-    for item in path.iterdir():
-        item.unlink()
-    path.rmdir()
-
-
-def clear_staging(directory: Path) -> None:
-    """Empty a staging directory at start: what an earlier process left belongs to no slot."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for item in directory.iterdir():
-        if item.is_dir():
-            remove_staged(item)
-        else:
-            item.unlink()
+    def close(self) -> None:
+        """Let go of every path; call it when the engine has ended."""
+        while self._handoffs:
+            self._handoffs.popitem()[1].close()
 
 
 def _silent(phase: str, done: int, total: int) -> None:

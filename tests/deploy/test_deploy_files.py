@@ -11,7 +11,7 @@ from dockerfile_parse import DockerfileParser
 from prometheus_client import CollectorRegistry
 
 from loraplex_registry.signing import generate_key
-from loraplex_registry.trust import TrustPolicy
+from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_server.config import load_config
 from loraplex_server.metrics import Metrics
 

@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from loraplex_client import GREEDY, Client, Completion, TokenIds
 from loraplex_examples import s3_server
 from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
-from loraplex_registry.base import BaseModel
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import Signer
-from loraplex_registry.store import open_store
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.validation.base import BaseModel
 from tests.registry.builders import adapter_config, make_signer
 from tests.server.conftest import POLICY
 from tests.sim.toxics import Toxics
@@ -76,9 +76,9 @@ class Stage:
         self.metrics_port = 0
 
     @property
-    def staging(self) -> Path:
-        """Where the server lays down verified adapters."""
-        return self.root / "staging"
+    def cache(self) -> Path:
+        """Where the server keeps verified adapters."""
+        return self.root / "cache"
 
     def client(self) -> Client:
         """A client of the shared server."""
@@ -121,7 +121,8 @@ def write_settings(stage: Stage, path: Path, **changes: str) -> Path:
         "model.eager": "true",
         "adapters.slots": str(SLOTS),
         "adapters.rank_max": str(RANK_MAX),
-        "adapters.staging_dir": '"staging"',
+        "adapters.cache_dir": '"cache"',
+        "adapters.cache_bytes_max": "0",
         "registry.url": f'"{stage.url}"',
         "registry.endpoint_url": f'"http://127.0.0.1:{stage.toxics.port}"',
         "registry.policy": '"policy.toml"',
@@ -229,7 +230,7 @@ def assert_healthy(server: Stage, client: Client) -> None:
     deadline = time.monotonic() + 10
     while True:
         adapters = list(client.list_adapters())
-        names = {path.name for path in server.staging.iterdir()}
+        names = {path.name for path in server.cache.glob("sha256-*")}
         expected = {adapter.digest.replace(":", "-") for adapter in adapters}
         if all(adapter.state == "resident" for adapter in adapters) and names == expected:
             return

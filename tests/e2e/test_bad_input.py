@@ -25,12 +25,12 @@ from loraplex_client import (
     UnavailableError,
 )
 from loraplex_registry.errors import BaseMismatchError, UnsupportedAdapterError
-from loraplex_registry.manifest import FileEntry
-from loraplex_registry.publish import Content, CountingStore, Publication
+from loraplex_registry.format.manifest import FileEntry
+from loraplex_registry.lifecycle.publish import Content, Publication
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import utc_now
-from loraplex_registry.store import open_store
-from loraplex_registry.weights import validate_adapter
+from loraplex_registry.storage.store import CountingStore, open_store
+from loraplex_registry.validation.weights import validate_adapter
 from tests.e2e.conftest import PROMPT, RANK_MAX, Stage, generate, write_adapter, write_settings
 
 pytestmark = pytest.mark.engine
@@ -54,7 +54,7 @@ def publish_unchecked(server: Stage, directory: Path, ref: str) -> None:
     parsed = AdapterRef.parse(ref)
     content = Content(directory, replace(facts, files=files), server.base, server.base.to_json())
     store = CountingStore(open_store(server.url, endpoint_url=server.s3.endpoint_url))
-    Publication(store, parsed, content, server.signers[parsed.tenant], utc_now()).run(
+    Publication(store, parsed, content, (server.signers[parsed.tenant],), utc_now()).run(
         version=None, progress=None
     )
 

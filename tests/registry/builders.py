@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.signing import Signer, generate_key, load_signer
-from loraplex_registry.trust import TrustPolicy
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.validation.base import BaseModel
 
 HIDDEN, WIDE, VOCAB, LAYERS = 16, 24, 40, 2
 MODULES = ("q_proj", "v_proj")

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from loraplex_examples import s3_server
-from loraplex_registry.base import BaseModel
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
-from loraplex_registry.store import Store, open_store
-from loraplex_registry.trust import TrustPolicy
+from loraplex_registry.storage.root_marker import examine
+from loraplex_registry.storage.store import Store, open_store
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.validation.base import BaseModel
 from tests.registry import builders
+from tests.sim import s3_proxy
+from tests.sim.s3_proxy import S3Proxy
 
 NOW = dt.datetime(2026, 6, 1, 12, 0, 0, tzinfo=dt.UTC)
 
@@ -79,22 +82,34 @@ def adapter(tmp_path: Path) -> Path:
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["local", "s3"])
+def make_store(
+    request: pytest.FixtureRequest, kind: str, directory: Path, *, endpoint_url: str | None = None
+) -> Store:
+    """Make an empty store: `memory`, `local` or `s3`."""
+    number = next(_numbers)
+    if kind == "memory":
+        store = open_store("memory:")
+    elif kind == "local":
+        store = open_store((directory / f"store-{number}").as_uri())
+    else:
+        server, bucket = request.getfixturevalue("s3"), request.getfixturevalue("bucket")
+        assert server.process.poll() is None
+        store = open_store(f"{bucket}/some/prefix-{number}", endpoint_url=endpoint_url)
+    store.prepare()
+    return store
+
+
+@pytest.fixture(params=["memory", "local", "s3"])
 def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
     """Makes an empty store of each kind."""
+    return lambda: make_store(request, request.param, tmp_path)
 
-    def make() -> Store:
-        number = next(_numbers)
-        if request.param == "local":
-            store = open_store((tmp_path / f"store-{number}").as_uri())
-        else:
-            server = request.getfixturevalue("s3")
-            store = open_store(f"{request.getfixturevalue('bucket')}/some/prefix-{number}")
-            assert server.process.poll() is None
-        store.prepare()
-        return store
 
-    return make
+@pytest.fixture(scope="session")
+def proxy(s3: s3_server.S3Server) -> Iterator[S3Proxy]:
+    """A fault proxy in front of the S3 server, without faults until it is told."""
+    with s3_proxy.running(int(s3.endpoint_url.rpartition(":")[2])) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -133,7 +148,14 @@ def clock() -> Clock:
 @pytest.fixture
 def registry(store: Store, clock: Clock) -> Registry:
     """A registry on each kind of store."""
+    ready(store)
     return Registry(store, clock=clock)
+
+
+def ready(store: Store) -> None:
+    """Let a bucket be written to after a probe that is shorter than the product's."""
+    if store.url.startswith("s3:"):
+        examine(store, now=NOW, writers=2, rounds=1)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ class Script:
 
     answers: list[tuple[int, dict[str, str], bytes] | None]
     requests: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
 
 
@@ -37,6 +38,7 @@ def scripted(*answers: tuple[int, dict[str, str], bytes] | None) -> Iterator[Scr
 
         def answer(self) -> None:
             script.requests.append(f"{self.command} {self.path}")
+            script.headers.append({name.lower(): value for name, value in self.headers.items()})
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             found = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
             if found is None:

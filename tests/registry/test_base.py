@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.errors import SettingsError
+from loraplex_registry.validation.base import BaseModel
 from tests.registry import builders
 
 modules = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,3}", fullmatch=True)

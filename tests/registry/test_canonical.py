@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_registry.canonical import (
+from loraplex_registry.format.canonical import (
     StrictJsonError,
     b64decode,
     b64encode,

@@ -1,46 +1,15 @@
 """The real `registry` command, as a stranger types it."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from loraplex_examples.s3_server import S3Server
 from tests.registry import builders
-
-COMMAND = Path(sys.executable).with_name("registry")
-
-
-@dataclass
-class Shell:
-    """A home of its own in which the command is run."""
-
-    home: Path
-    extra: dict[str, str]
-
-    def __call__(self, *arguments: str | Path, code: int = 0) -> str:
-        done = subprocess.run(
-            [COMMAND, *map(str, arguments)],
-            cwd=self.home,
-            env={"HOME": str(self.home), "PATH": os.environ["PATH"], **self.extra},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert "\r" not in done.stderr
-        return done.stdout if code == 0 else done.stdout + done.stderr
-
-    def json(self, *arguments: str | Path, code: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", code=code))
+from tests.registry.shell import Shell, failing
 
 
 @pytest.fixture
@@ -89,11 +58,11 @@ def test_every_command_tells_one_story_as_json(shell: Shell, orders: Path) -> No
     shown = shell.json("show", "acme/orders")
     assert (shown["verified"], shown["digest"]) == (True, digest)
     assert shown["manifest"]["lora"]["rank"] == 4
-    assert shell.json("ls") == {"tenants": ["acme"]}
-    assert shell.json("ls", "acme") == {"tenant": "acme", "adapters": ["orders"]}
+    assert shell.json("ls") == {"tenants": ["acme"], "next": None}
+    assert shell.json("ls", "acme") == {"tenant": "acme", "adapters": ["orders"], "next": None}
     listed = shell.json("ls", "acme/orders")
-    assert (listed["tags"], listed["versions"][0]["digest"]) == (["prod"], digest)
-    assert shell.json("keys", "gen", "other.key")["algorithm"] == "ecdsa-p256"
+    assert (listed["tags"][0]["tag"], listed["versions"][0]["digest"]) == ("prod", digest)
+    assert shell.json("keys", "gen", "other.key", "--no-passphrase")["algorithm"] == "ecdsa-p256"
     assert shell.json("init", "--tenant", "acme")["created"] is False
 
 
@@ -103,19 +72,13 @@ def test_the_same_story_on_s3(tmp_path: Path, s3: S3Server) -> None:
     orders = builders.make_adapter(tmp_path / "orders")
     builders.make_base(tmp_path / "base")
     assert shell.json("init", "--tenant", "acme")["registry"] == url
-    assert shell.json("push", orders, "--base", tmp_path / "base", "--tag", "prod")["requests"] == 6
+    assert shell.json("push", orders, "--base", tmp_path / "base", "--tag", "prod")["requests"] == 7
     assert "already pushed" in shell("push", orders, "--base", tmp_path / "base")
     shell("pull", "acme/orders@prod", "./x")
     assert (tmp_path / "x/adapter_model.safetensors").read_bytes() == (
         orders / "adapter_model.safetensors"
     ).read_bytes()
     assert shell.json("ls", "acme")["adapters"] == ["orders"]
-
-
-def failing(shell: Shell, code: int, reason: str, *arguments: str | Path) -> None:
-    """The command fails with this exit code, says one sentence, and gives this reason as JSON."""
-    assert shell(*arguments, code=code).startswith("registry: ")
-    assert shell.json(*arguments, code=code)["error"]["code"] == reason
 
 
 def test_every_failure_has_its_exit_code_and_reason(shell: Shell, orders: Path) -> None:

@@ -8,18 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_registry.errors import SignatureInvalidError
-from loraplex_registry.manifest import BaseEntry, FileEntry, LoraEntry, Manifest
-from tests.registry.test_refs import digests, names
+from loraplex_registry.format.manifest import CHUNK_BYTES, BaseEntry, FileEntry, LoraEntry, Manifest
+from tests.registry.test_refs import digests, names, versions
 
 texts = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 sizes = st.integers(1, 2**40)
+hexes = digests.map(lambda digest: digest[7:])
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> FileEntry:
+    """A file of one to five chunks."""
+    size = draw(st.integers(1, 5 * CHUNK_BYTES))
+    count = -(-size // CHUNK_BYTES)
+    chunks = () if count == 1 else tuple(draw(st.lists(hexes, min_size=count, max_size=count)))
+    name = draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}", fullmatch=True))
+    return FileEntry(name, size, draw(hexes), chunks)
+
+
 files = st.lists(
-    st.builds(
-        FileEntry,
-        name=st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}", fullmatch=True),
-        size=sizes,
-        sha256=digests.map(lambda digest: digest[7:]),
-    ),
+    entries(),
     min_size=1,
     max_size=5,
     unique_by=lambda file: file.name,
@@ -28,7 +36,7 @@ manifests = st.builds(
     Manifest,
     tenant=names,
     adapter=names,
-    version=st.integers(1, 999_999_999),
+    version=versions,
     created=st.datetimes().map(lambda when: f"{when:%Y}".zfill(4) + f"{when:-%m-%dT%H:%M:%SZ}"),
     base_model=st.builds(BaseEntry, texts, digests, sizes, sizes, st.integers(0, 10**6)),
     lora=st.builds(
@@ -43,6 +51,9 @@ manifests = st.builds(
         n_params=sizes,
     ),
     files=files,
+    annotations=st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9._/-]{0,10}", fullmatch=True), texts, max_size=3
+    ).map(lambda found: tuple(sorted(found.items()))),
 )
 
 
@@ -84,7 +95,7 @@ MANIFEST = Manifest(
 
 def test_the_digest_of_a_known_manifest_never_changes() -> None:
     # Whoever changes this number changes the identity of every version ever published.
-    assert MANIFEST.digest == "sha256:5cdd792d322eb07c900219c9c3a499affeec9180321bbd7052d739bbf21fb1ec"
+    assert MANIFEST.digest == "sha256:49327c4b86e379d83660cb3050e31a21d21c5e0dd8b77bae6614b1e5f730dc3c"
 
 
 def test_same_content_ignores_version_and_time_and_nothing_else() -> None:
@@ -102,8 +113,18 @@ def test_same_content_ignores_version_and_time_and_nothing_else() -> None:
         {"version": "3"},
         {"version": True},
         {"created": "yesterday"},
+        {"version": "1.0"},
         {"extra": 1},
+        {"annotations": {"Licence": "x"}},
+        {"annotations": {"licence": ""}},
+        {"annotations": {"licence": "a\nb"}},
+        {"annotations": {f"a{n}": "x" for n in range(33)}},
+        {"annotations": []},
         {"files": []},
+        {"files": [{"name": "x", "size": 1, "sha256": "0" * 64, "chunks": ["0" * 64]}]},
+        {"files": [{"name": "x", "size": 1 + CHUNK_BYTES, "sha256": "0" * 64}]},
+        {"files": [{"name": "x", "size": 1 + CHUNK_BYTES, "sha256": "0" * 64, "chunks": ["0" * 64]}]},
+        {"files": [{"name": "x", "size": 1 + CHUNK_BYTES, "sha256": "0" * 64, "chunks": ["0" * 64, "x"]}]},
         {"files": [{"name": "../x", "size": 1, "sha256": "0" * 64}]},
         {"files": [{"name": "x", "size": 1, "sha256": "0" * 63}]},
         {

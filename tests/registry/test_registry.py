@@ -1,16 +1,17 @@
 """Publish, resolve, verify, fetch, pull: on every backend, through crashes and lost replies."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loraplex_registry import fetch, layout
-from loraplex_registry.base import BaseModel
+from loraplex_registry.delivery import fetch
 from loraplex_registry.errors import (
     AdapterNotFoundError,
     BaseMismatchError,
@@ -22,13 +23,18 @@ from loraplex_registry.errors import (
     StoreUnavailableError,
     UnsupportedAdapterError,
 )
-from loraplex_registry.record import LEASE_S, PendingRecord, read_record
+from loraplex_registry.format import layout
+from loraplex_registry.format.record import LEASE_S, PendingRecord, read_record
+from loraplex_registry.lifecycle.content import Signed
+from loraplex_registry.lifecycle.versions import Outcome, Reserver
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
-from loraplex_registry.store import Store
-from loraplex_registry.trust import TrustPolicy
-from loraplex_registry.weights import Limits
+from loraplex_registry.storage.memory import MemoryStore
+from loraplex_registry.storage.store import Store
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.weights import Limits
 from tests.registry import builders
 from tests.registry.conftest import Clock
 from tests.registry.flaky_store import CrashError, FlakyStore
@@ -82,16 +88,26 @@ def test_new_bytes_get_the_next_version_and_old_versions_stay(
 def test_requests_are_as_few_as_documented(
     registry: Registry, adapter: Path, signer: Signer, base: BaseModel
 ) -> None:
-    assert registry.publish(adapter, ORDERS, signer, base, version=1).requests == 3
+    def requests(**options: Any) -> int:
+        return registry.publish(adapter, ORDERS, signer, base, **options).requests
+
+    assert requests(version=1) == 3  # reserve, blob, commit
+    assert requests(version=1) == 2  # reserve is refused, look: the same content
     builders.make_adapter(adapter, seed=1)
-    assert registry.publish(adapter, ORDERS, signer, base, version=2, tag="prod").requests == 5
-    assert registry.publish(adapter, ORDERS, signer, base).requests == 2
+    assert requests(version=2, tag="prod") == 6  # and read the tag, write it, look at the version again
+    assert requests() == 2  # list, look at the newest: the same content
+    assert requests(tag="prod") == 3
+    builders.make_adapter(adapter, seed=2)
+    assert requests(version="3.0.0", tag="prod") == 7  # and keep the tag's earlier statement
+    builders.make_adapter(adapter, seed=3)
+    (adapter / "README.md").write_bytes(b"r" * 100_000)
+    assert requests(version="3.0.1") == 4  # two blobs
 
 
 def test_resolving_a_tag_or_a_version_is_one_request(
-    store: Store, adapter: Path, signer: Signer, base: BaseModel
+    store: Store, registry: Registry, adapter: Path, signer: Signer, base: BaseModel
 ) -> None:
-    Registry(store).publish(adapter, PROD, signer, base)
+    registry.publish(adapter, PROD, signer, base)
     for text in ("acme/orders@prod", "acme/orders@1"):
         flaky = FlakyStore(store)
         Registry(flaky).resolve(AdapterRef.parse(text))
@@ -322,7 +338,7 @@ def test_a_failed_upload_frees_its_version_at_once(
     local: Store, adapter: Path, signer: Signer, base: BaseModel
 ) -> None:
     with pytest.raises(StoreUnavailableError):
-        Registry(FlakyStore(local, at=1, how="lost request")).publish(
+        Registry(FlakyStore(local, at=2, how="lost request")).publish(
             adapter, ORDERS, signer, base, version=1
         )
     body = local.get(layout.version_key(ORDERS, 1), limit_bytes=1000).body
@@ -409,7 +425,7 @@ def test_a_fetch_that_fails_leaves_nothing(
     local: Store, adapter: Path, signer: Signer, base: BaseModel, policy: TrustPolicy, tmp_path: Path
 ) -> None:
     Registry(local).publish(adapter, ORDERS, signer, base)
-    flaky = FlakyStore(local, at=1, how="lost request")
+    flaky = FlakyStore(local, at=1, how="down")
     registry = Registry(flaky)
     verified = registry.verify(registry.resolve(AdapterRef.parse("acme/orders@1")), policy)
     with pytest.raises(StoreUnavailableError):
@@ -574,3 +590,104 @@ def test_a_good_copy_made_meanwhile_is_not_thrown_away(
     inode = staged.path.stat().st_ino
     fetch._discard_wrong(tmp_path / "cache", staged.path, verified, (staged.path / CONFIG).read_bytes())
     assert staged.path.stat().st_ino == inode
+
+
+# --- versions and their names
+
+
+def test_semantic_versions_are_named_and_ordered(
+    registry: Registry, tmp_path: Path, signer: Signer, base: BaseModel
+) -> None:
+    for seed, version in enumerate(["1.0.0", "1.0.0-rc.1", "0.9.0"]):
+        directory = builders.make_adapter(tmp_path / version, seed=seed)
+        assert registry.publish(directory, ORDERS, signer, base, version=version).version == version
+    assert [state.version for state in registry.versions(ORDERS)] == ["1.0.0", "1.0.0-rc.1", "0.9.0"]
+    assert registry.resolve(ORDERS).version == "1.0.0"
+    assert registry.resolve(AdapterRef.parse("acme/orders@1.0.0-rc.1")).version == "1.0.0-rc.1"
+
+
+def test_after_a_semantic_version_the_next_one_must_be_named(
+    registry: Registry, adapter: Path, signer: Signer, base: BaseModel
+) -> None:
+    registry.publish(adapter, ORDERS, signer, base, version="1.0.0")
+    assert not registry.publish(adapter, ORDERS, signer, base).created
+    builders.make_adapter(adapter, seed=1)
+    with pytest.raises(ConflictError, match=r"acme/orders@1\.0\.1"):
+        registry.publish(adapter, ORDERS, signer, base)
+    assert registry.publish(adapter, ORDERS, signer, base, version=2).version == 2
+    builders.make_adapter(adapter, seed=2)
+    assert registry.publish(adapter, ORDERS, signer, base).version == 3
+
+
+def test_what_was_said_of_the_tag_is_checked_before_anything_is_written(
+    local: Store, adapter: Path, signer: Signer, base: BaseModel
+) -> None:
+    registry = Registry(local)
+    flaky = FlakyStore(local)
+    with pytest.raises(ConflictError, match="generation 0"):
+        Registry(flaky).publish(adapter, PROD, signer, base, expect=3)
+    assert flaky.calls == ["get", "get"]  # the root's marker and the tag
+    first = registry.publish(adapter, PROD, signer, base, expect="absent")
+    builders.make_adapter(adapter, seed=1)
+    assert registry.publish(adapter, PROD, signer, base, expect=first.digest).tag_generation == 2
+
+
+def test_annotations_are_signed_and_make_another_content(
+    registry: Registry, adapter: Path, signer: Signer, base: BaseModel, policy: TrustPolicy
+) -> None:
+    notes = {"licence": "Apache-2.0", "run": "42"}
+    registry.publish(adapter, ORDERS, signer, base, annotations=notes)
+    verified = registry.verify(registry.resolve(ORDERS), policy)
+    assert dict(verified.manifest.annotations) == notes
+    assert not registry.publish(adapter, ORDERS, signer, base, annotations=notes).created
+    assert registry.publish(adapter, ORDERS, signer, base).version == 2
+    with pytest.raises(InvalidReferenceError, match="annotations are refused"):
+        registry.publish(adapter, ORDERS, signer, base, annotations={"Bad name": "x"})
+
+
+def test_what_was_signed_elsewhere_is_published_as_it_is(
+    registry: Registry, adapter: Path, signer: Signer, base: BaseModel, policy: TrustPolicy
+) -> None:
+    """The manifest and its bundle come ready; the registry needs no key."""
+    source = MemoryStore()
+    Registry(source).publish(adapter, ORDERS, signer, base, version="2.0.0")
+    record = Registry(source).resolve(ORDERS).record
+    signed = Signed(record.manifest_bytes, record.bundle)
+    done = registry.publish(adapter, ORDERS, (), base, signed=signed)
+    assert (done.version, done.digest, done.created) == ("2.0.0", record.digest, True)
+    assert registry.verify(registry.resolve(ORDERS), policy).digest == record.digest
+    assert not registry.publish(adapter, ORDERS, (), base, signed=signed).created
+    with pytest.raises(InvalidReferenceError, match="push it there"):
+        registry.publish(adapter, AdapterRef.parse("acme/mails"), (), base, signed=signed)
+    builders.make_adapter(adapter, seed=5)
+    with pytest.raises(ConflictError, match="not what the bundle was made for"):
+        registry.publish(adapter, AdapterRef.parse("acme/orders@2.0.0"), (), base, signed=signed)
+
+
+def test_a_commit_whose_reply_was_lost_and_that_was_changed_since_is_a_success(
+    local: Store, adapter: Path, signer: Signer, base: BaseModel
+) -> None:
+    """Somebody wraps the key anew, or attaches a statement, before we can read back."""
+
+    class Amended(FlakyStore):
+        def swap(self, key: str, body: bytes, *, etag: str) -> str:
+            new = super().swap(key, body, etag=etag)
+            if b'"committed"' in body:
+                record = read_record(body, version=1, where="x")
+                local.swap(key, dataclasses.replace(record, attest=({"a": 1},)).to_bytes(), etag=new)
+                raise StoreUnavailableError("lost", ambiguous=True)
+            return new
+
+    done = Registry(Amended(local)).publish(adapter, ORDERS, signer, base, version=1)
+    assert done.created
+    assert Registry(local).resolve(ORDERS).record.attest == ({"a": 1},)
+
+
+def test_a_long_upload_has_a_longer_lease(local: Store) -> None:
+    reserver = Reserver(local, ORDERS, by="x", now_s=0, size_bytes=10 << 30, is_this=lambda record: False)
+    assert not isinstance(reserver.choose(1), Outcome)
+    record = read_record(
+        local.get(layout.version_key(ORDERS, 1), limit_bytes=1000).body, version=1, where="x"
+    )
+    assert isinstance(record, PendingRecord)
+    assert record.lease_s == LEASE_S + 10 * 1024

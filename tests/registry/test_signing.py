@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_registry.canonical import b64decode, b64encode, canonical
 from loraplex_registry.errors import SettingsError, SignatureInvalidError
+from loraplex_registry.format.canonical import b64decode, b64encode, canonical
 from loraplex_registry.signing import (
     IN_TOTO_TYPE,
     Signer,
     generate_key,
     load_public_key,
     load_signer,
+    read_bundle,
     sign_envelope,
     sign_files,
     verify_bundle,
@@ -77,7 +78,7 @@ def test_the_bundle_is_the_standards_form(bundle: dict[str, Any], acme: Signer) 
 
 
 def test_another_key_does_not_verify(bundle: dict[str, Any], keys: Path) -> None:
-    with pytest.raises(SignatureInvalidError) as caught:
+    with pytest.raises(SignatureInvalidError, match="names key") as caught:
         verify_bundle(bundle, load_public_key(keys / "globex.pub"))
     assert caught.value.code == "SIGNATURE_INVALID"
 
@@ -128,7 +129,16 @@ def resigned(bundle: dict[str, Any], signer: Signer, change: Any) -> dict[str, A
         lambda s: s["predicate"]["serialization"].update(hash_type="blake2b"),
         lambda s: s["predicate"]["serialization"].update(allow_symlinks=True),
         lambda s: s["predicate"]["serialization"].update(allow_symlinks=0),
-        lambda s: s["predicate"]["serialization"].update(ignore_paths=[".git"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=["adapter_model.bin"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=["adapter_config.json"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=["."]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=["../model.sig"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=["sub/model.sig"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=[".git/x"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=[".sig"]),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=[".git"] * 9),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=".git"),
+        lambda s: s["predicate"]["serialization"].update(ignore_paths=[1]),
         lambda s: s["predicate"]["resources"].append(s["predicate"]["resources"][0]),
         lambda s: s["predicate"]["resources"].clear(),
         lambda s: s["predicate"]["resources"][0].update(algorithm="md5"),
@@ -143,6 +153,38 @@ def test_a_signed_statement_of_another_form_is_refused(
 ) -> None:
     with pytest.raises(SignatureInvalidError):
         verify_bundle(resigned(bundle, acme, change), acme.public_key)
+
+
+def test_an_ignored_path_may_not_be_a_signed_file_in_any_case(acme: Signer) -> None:
+    signed = sign_files({**FILES, "Model.sig": "3" * 64}, acme, subject="x")
+    forged = resigned(
+        signed, acme, lambda s: s["predicate"]["serialization"].update(ignore_paths=["model.sig"])
+    )
+    with pytest.raises(SignatureInvalidError, match="ignored"):
+        verify_bundle(forged, acme.public_key)
+
+
+def test_what_the_stock_tool_always_ignores_is_accepted(bundle: dict[str, Any], acme: Signer) -> None:
+    stock = [".gitignore", "model.sig", ".github", ".gitattributes", ".git"]
+    changed = resigned(bundle, acme, lambda s: s["predicate"]["serialization"].update(ignore_paths=stock))
+    assert verify_bundle(changed, acme.public_key) == FILES
+
+
+def test_a_bundle_file_of_another_tool_gets_the_one_spelling(bundle: dict[str, Any], acme: Signer) -> None:
+    foreign = copy.deepcopy(bundle)
+    foreign["dsseEnvelope"]["signatures"][0]["keyid"] = ""
+    with pytest.raises(SignatureInvalidError):
+        verify_bundle(foreign, acme.public_key)
+    assert read_bundle(json.dumps(foreign, indent=2).encode()) == bundle
+    assert read_bundle(canonical(bundle)) == bundle
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"a":1,"a":2}', b"[" * 5000, b'"' + b"a" * (1 << 19) + b'"']
+)
+def test_a_file_that_is_no_bundle_is_refused(body: bytes) -> None:
+    with pytest.raises(SignatureInvalidError):
+        read_bundle(body)
 
 
 def test_the_same_statement_signed_again_is_accepted(bundle: dict[str, Any], acme: Signer) -> None:

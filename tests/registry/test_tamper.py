@@ -11,19 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex_registry.base import BaseModel
-from loraplex_registry.canonical import b64decode, b64encode, canonical
-from loraplex_registry.errors import (
-    DamagedError,
-    DigestMismatchError,
-    RegistryError,
-    SignatureInvalidError,
-)
+from loraplex_registry.errors import DamagedError, DigestMismatchError, RegistryError, SignatureInvalidError
+from loraplex_registry.format.canonical import b64decode, b64encode, canonical
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
-from loraplex_registry.store import open_store
-from loraplex_registry.trust import TrustPolicy
-from tests.registry import builders
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.validation.base import BaseModel
+from tests.registry import builders, tampering
 
 REASONS = {"SIGNATURE_INVALID", "DIGEST_MISMATCH", "POLICY_REFUSED", "ADAPTER_NOT_FOUND"}
 
@@ -36,6 +31,7 @@ class World:
         self.cache = place / "cache"
         self.base = base
         self.registry = Registry(open_store(self.root.as_uri()))
+        self.registry.initialise()
         signer = builders.load_signer(keys / "acme.key")
         self.registry.publish(
             builders.make_adapter(place / "orders"), AdapterRef.parse("acme/orders@prod"), signer, base
@@ -138,7 +134,7 @@ def exchange_manifest(record: dict[str, Any]) -> None:
         (lambda record: record.update(fmt=2), DamagedError),
         (lambda record: record.update(fmt=True), DamagedError),
         (lambda record: record.update(pid="0" * 32), DamagedError),
-        (lambda record: record.update(attest=[{}]), DamagedError),
+        (lambda record: record.update(attest=[1]), DamagedError),
     ],
 )
 def test_a_wellformed_record_that_was_changed_is_refused(
@@ -224,12 +220,53 @@ def test_an_adapter_signature_is_not_a_tag_statement(world: World, policy: Trust
 def test_a_tag_signed_by_a_key_the_rule_does_not_list_is_refused(
     world: World, keys: Path, policy: TrustPolicy
 ) -> None:
-    from loraplex_registry.tags import make_tag, read_tag
+    from loraplex_registry.format.tags import make_tag, read_tag
 
     tag = read_tag(world.tag.read_bytes(), where="x")
     world.tag.write_bytes(
         make_tag(tag.statement, tag.record, builders.load_signer(keys / "globex.key")).to_bytes()
     )
-    with pytest.raises(SignatureInvalidError, match="the tag acme/orders@prod"):
+    with pytest.raises(SignatureInvalidError, match="The tag acme/orders@prod"):
         world.load("acme/orders@prod", policy)
     world.load("acme/orders@1", policy)
+
+
+@pytest.fixture(scope="module")
+def untouched() -> tampering.World:
+    return tampering.new_world()
+
+
+@pytest.mark.parametrize("what", tampering.TARGETS)
+def test_a_share_of_all_bits_flipped_is_refused(what: str, untouched: tampering.World) -> None:
+    tally = tampering.every_bit(untouched, what, share=0.01)
+    tally.check()
+    if what not in {"record", "tag"}:  # these two carry an attestation that nobody asks for
+        assert tally.harmless == 0
+
+
+def test_random_bits_of_the_weights_are_refused(untouched: tampering.World) -> None:
+    tally = tampering.blob_bits(untouched, rounds=200)
+    tally.check()
+    assert tally.refused["DIGEST_MISMATCH"] == 200
+
+
+def test_changed_fields_are_refused(untouched: tampering.World) -> None:
+    tally = tampering.field_mutants(untouched, rounds=400)
+    tally.check()
+    assert tally.refused["ROLLBACK"] > 0, "no replay was tried"
+
+
+def test_everything_under_another_name_is_refused(untouched: tampering.World) -> None:
+    tally = tampering.Tally()
+    tampering.transplants(untouched, tally)
+    tally.check()
+    assert tally.harmless == 0
+
+
+def test_the_campaign_can_fail(untouched: tampering.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verifier that takes any bytes for a manifest would be caught."""
+    from loraplex_registry.signing.keys import PublicKey
+
+    monkeypatch.setattr(PublicKey, "check", lambda *_: None)
+    tally = tampering.every_bit(untouched, "signature", share=1.0)
+    assert tally.accepted or tally.harmless

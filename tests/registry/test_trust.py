@@ -1,25 +1,34 @@
 """The trust policy: which rule decides, what it demands, and that damage means no trust."""
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.errors import (
+    AdapterNotFoundError,
     BaseMismatchError,
     ExpiredError,
     PolicyRefusedError,
     RankTooLargeError,
+    RevokedError,
+    RollbackError,
     SignatureInvalidError,
 )
+from loraplex_registry.format.tags import make_tag
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, Resolved
 from loraplex_registry.signing import Signer
-from loraplex_registry.trust import Rule, TrustPolicy, VerifiedManifest
-from tests.registry import builders
+from loraplex_registry.storage.memory import MemoryStore
+from loraplex_registry.trust.marks import MemoryMarks
+from loraplex_registry.trust.revocations import Revocation
+from loraplex_registry.trust.verdict import Rule, TrustPolicy, VerifiedManifest, verify
+from loraplex_registry.trust.verifier import Verifier
+from loraplex_registry.validation.base import BaseModel
+from tests.registry import builders, forge, pki
 from tests.registry.conftest import NOW
 from tests.registry.test_refs import names
 
@@ -224,3 +233,190 @@ def test_the_policys_digest_names_its_bytes(keys: Path) -> None:
     assert first.digest.startswith("sha256:")
     assert first.digest == builders.acme_policy(keys).digest != builders.acme_policy(keys, extra="# x").digest
     assert NOW.tzinfo is dt.UTC
+
+
+def certified(place: Path, authority: pki.Authority, leaf: pki.Issued) -> tuple[forge.Forge, MemoryStore]:
+    """acme/orders@1 signed with a certificate instead of a listed key."""
+    made = forge.Forge(place)
+    record = made.record()
+    files = {file.name: file.sha256 for file in record.manifest_unverified().files}
+    files["adapter.manifest.json"] = record.digest.removeprefix("sha256:")
+    bundle = pki.sign_with_certificate(files, leaf, authority.intermediate)
+    return made, forge.store_of(made.objects(replace(record, bundle=bundle)))
+
+
+def certificate_policy(
+    place: Path, root: pki.Issued, *lines: str, san: str = pki.SAN, dates: str = ""
+) -> TrustPolicy:
+    """A policy that knows one root and one name, and no key."""
+    root.write(place, "root")
+    forge.write_keys(place, "security")
+    (place / "policy.toml").write_text(
+        'version = 1\ndefault = "deny"\n[[rules]]\nscope = "acme/**"\n'
+        f'certificates = [{{ roots = ["root.pem"], san = "{san}"{dates} }}]\n' + "\n".join(lines)
+    )
+    return TrustPolicy.load(place / "policy.toml")
+
+
+@pytest.fixture(scope="module")
+def authority() -> pki.Authority:
+    return pki.Authority.make(NOW)
+
+
+FIRST = AdapterRef.parse("acme/orders@1")
+
+
+def test_a_certificate_of_a_named_root_and_name_signs_adapters(
+    tmp_path: Path, authority: pki.Authority
+) -> None:
+    leaf = authority.leaf()
+    _, store = certified(tmp_path, authority, leaf)
+    policy = certificate_policy(tmp_path, authority.root)
+    verified = Verifier(Registry(store), policy, now=lambda: NOW).verify(FIRST)
+    assert verified.keyid == leaf.signer.keyid
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"san": "spiffe://acme.example/other"}, SignatureInvalidError),
+        ({"dates": ", to = 2026-01-01"}, ExpiredError),
+        ({"dates": ", from = 2027-01-01"}, ExpiredError),
+    ],
+)
+def test_a_certificate_counts_for_its_name_and_the_policys_dates_alone(
+    change: dict[str, str], error: type[Exception], tmp_path: Path, authority: pki.Authority
+) -> None:
+    _, store = certified(tmp_path, authority, authority.leaf())
+    with pytest.raises(error):
+        Verifier(
+            Registry(store), certificate_policy(tmp_path, authority.root, **change), now=lambda: NOW
+        ).verify(FIRST)
+
+
+def test_a_certificate_is_judged_by_the_clock_and_not_by_its_own_dates(
+    tmp_path: Path, authority: pki.Authority
+) -> None:
+    """Checking the chain at the certificate's own beginning would accept it for ever."""
+    _, store = certified(tmp_path, authority, authority.leaf())
+    policy = certificate_policy(tmp_path, authority.root)
+    with pytest.raises(ExpiredError):
+        Verifier(Registry(store), policy, now=lambda: NOW + dt.timedelta(days=91)).verify(FIRST)
+
+
+def test_a_certificate_of_another_root_and_a_bare_key_are_refused(
+    tmp_path: Path, authority: pki.Authority
+) -> None:
+    made, store = certified(tmp_path, authority, authority.leaf())
+    policy = certificate_policy(tmp_path, pki.Authority.make(NOW).root)
+    for found in (store, forge.store_of(made.objects(made.record()))):
+        with pytest.raises(SignatureInvalidError):
+            Verifier(Registry(found), policy, now=lambda: NOW).verify(FIRST)
+
+
+def test_a_certificate_does_not_count_where_only_keys_are_listed(
+    tmp_path: Path, authority: pki.Authority
+) -> None:
+    _, store = certified(tmp_path, authority, authority.leaf())
+    forge.write_keys(tmp_path, "ci")
+    (tmp_path / "policy.toml").write_text(forge.policy_text())
+    with pytest.raises(SignatureInvalidError):
+        Verifier(Registry(store), TrustPolicy.load(tmp_path / "policy.toml"), now=lambda: NOW).verify(FIRST)
+
+
+def test_a_certified_key_can_be_revoked(tmp_path: Path, authority: pki.Authority) -> None:
+    leaf = authority.leaf()
+    _, store = certified(tmp_path, authority, leaf)
+    policy = certificate_policy(tmp_path, authority.root, f"revokers = {forge.key_list('security')}")
+    entry = Revocation("stolen", keyid=leaf.signer.keyid)
+    ((key, body),) = forge.revocations(entry).items()
+    store.create(key, body)
+    with pytest.raises(RevokedError):
+        Verifier(Registry(store), policy, now=lambda: NOW).verify(FIRST)
+
+
+def test_a_statement_beside_the_envelope_is_not_believed(tmp_path: Path) -> None:
+    """What is judged is what was signed, even when a program hands over something else with it."""
+    made = forge.Forge(tmp_path)
+    record, other = made.record(1), made.record(2, seed=1)
+    store = forge.store_of({**made.objects(record), **made.objects(other, seed=1), **forge.tag(record)})
+    forge.write_keys(tmp_path, "ci")
+    (tmp_path / "policy.toml").write_text(forge.policy_text())
+    policy, registry = TrustPolicy.load(tmp_path / "policy.toml"), Registry(store)
+    resolved = registry.resolve(AdapterRef.parse("acme/orders@prod"))
+    assert resolved.tag is not None
+    forged = replace(
+        resolved,
+        version=2,
+        digest=other.digest,
+        record=other,
+        tag=replace(resolved.tag, statement=forge.statement(other, 9), record=other),
+    )
+    registry.verify(resolved, policy, now=NOW)
+    with pytest.raises(SignatureInvalidError, match="another digest"):
+        registry.verify(forged, policy, now=NOW)
+
+
+def test_a_tag_that_names_another_version_than_its_digest_is_refused(tmp_path: Path) -> None:
+    made = forge.Forge(tmp_path)
+    forge.write_keys(tmp_path, "ci")
+    (tmp_path / "policy.toml").write_text(forge.policy_text())
+    policy, record = TrustPolicy.load(tmp_path / "policy.toml"), made.record(1)
+    signed = make_tag(forge.statement(record, version=2), record, forge.signer("ci"))
+    registry = Registry(MemoryStore())
+    resolved = Resolved(AdapterRef.parse("acme/orders@prod"), 1, record.digest, record, signed)
+    with pytest.raises(SignatureInvalidError, match="signed for version 2"):
+        registry.verify(resolved, policy, now=NOW)
+
+
+def test_a_tag_signature_is_no_adapter_signature_and_the_other_way_round(tmp_path: Path) -> None:
+    made = forge.Forge(tmp_path)
+    forge.write_keys(tmp_path, "ci", "release")
+    (tmp_path / "policy.toml").write_text(forge.policy_text(f"taggers = {forge.key_list('release')}"))
+    policy = TrustPolicy.load(tmp_path / "policy.toml")
+    for adapter_key, tag_key, good in [
+        ("ci", "release", True),
+        ("release", "release", False),
+        ("ci", "ci", False),
+        ("release", "ci", False),
+    ]:
+        record = made.record(key=adapter_key)
+        store = forge.store_of({**made.objects(record), **forge.tag(record, keys=(tag_key,))})
+        verifier = Verifier(Registry(store), policy, now=lambda: NOW)
+        if good:
+            assert verifier.verify(AdapterRef.parse("acme/orders@prod")).keyid
+            continue
+        with pytest.raises(SignatureInvalidError):
+            verifier.verify(AdapterRef.parse("acme/orders@prod"))
+
+
+def test_a_removal_is_remembered_though_nothing_is_there(tmp_path: Path) -> None:
+    made, marks = forge.Forge(tmp_path), MemoryMarks()
+    forge.write_keys(tmp_path, "ci")
+    (tmp_path / "policy.toml").write_text(forge.policy_text())
+    policy, record = TrustPolicy.load(tmp_path / "policy.toml"), made.record()
+    ref = AdapterRef.parse("acme/orders@prod")
+
+    def at(objects: forge.Objects) -> Verifier:
+        store = forge.store_of({**made.objects(record), **objects})
+        return Verifier(Registry(store), policy, marks=marks, now=lambda: NOW)
+
+    at(forge.tag(record, 1)).verify(ref)
+    with pytest.raises(AdapterNotFoundError):
+        at(forge.tag(None, 2)).verify(ref)
+    with pytest.raises(RollbackError):
+        at(forge.tag(record, 1)).verify(ref)
+    with pytest.raises(SignatureInvalidError):
+        at(forge.tag(None, 9, keys=("stranger",))).verify(ref)
+    at(forge.tag(record, 3)).verify(ref)
+
+
+def test_a_pulled_directory_is_not_asked_whether_it_is_encrypted(tmp_path: Path) -> None:
+    made = forge.Forge(tmp_path)
+    forge.write_keys(tmp_path, "ci")
+    (tmp_path / "policy.toml").write_text(forge.policy_text('encryption = "required"'))
+    policy, record = TrustPolicy.load(tmp_path / "policy.toml"), made.record()
+    asked = {"version": 1, "record": record, "tag": None, "policy": policy, "now": NOW}
+    assert verify(FIRST, **asked, at_rest=False).digest == record.digest
+    with pytest.raises(PolicyRefusedError):
+        verify(FIRST, **asked)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,14 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_registry.base import BaseModel
-from loraplex_registry.errors import (
-    BaseMismatchError,
-    RankTooLargeError,
-    UnsupportedAdapterError,
-)
-from loraplex_registry.lora_config import read_config
-from loraplex_registry.weights import Limits, validate_adapter
+from loraplex_registry.errors import BaseMismatchError, RankTooLargeError, UnsupportedAdapterError
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.lora_config import AdapterConfig, ModuleRules, read_config
+from loraplex_registry.validation.weights import Limits, validate_adapter
 from tests.registry import builders
 
 WEIGHTS = "adapter_model.safetensors"
@@ -292,7 +289,27 @@ def test_the_largest_finite_weights_pass(tmp_path: Path, base: BaseModel) -> Non
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"lora_alpha": 1e5}, "lora_alpha"),
         ({"trust_remote_code": True}, "trust_remote_code"),
-        ({"auto_map": {}}, "auto_mapping"),
+        ({"auto_map": {}}, "auto_map.*run code"),
+        ({"custom_pipelines": {}}, "custom_pipelines.*run code"),
+        ({"parent_library": "os"}, "parent_library"),
+        ({"megatron_core": "os"}, "megatron_core.*import code"),
+        ({"eva_config": {"url": "https://x"}}, "eva_config"),
+        ({"exclude_modules": "/etc/passwd"}, "exclude_modules"),
+        ({"exclude_modules": [["../x"]]}, "exclude_modules"),
+        ({"layers_pattern": [[[[[["x"]]]]]]}, "layers_pattern"),
+        ({"layers_to_transform": list(range(5000))}, "layers_to_transform"),
+        ({"revision": "https://x"}, "revision"),
+        ({"peft_version": "0.21 <script>"}, "peft_version"),
+        ({"lora_dropout": -1}, "lora_dropout"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"r": 1 << 31}, "r "),
+        (
+            {
+                "rank_pattern": {f"m{i}": 4 for i in range(200)},
+                "alpha_pattern": {f"m{i}": 4 for i in range(57)},
+            },
+            "257",
+        ),
         ({"lora_alfa": 1}, "lora_alpha"),
     ],
 )
@@ -302,6 +319,33 @@ def test_a_setting_beyond_plain_lora_is_refused_by_name(
     (adapter / CONFIG).write_text(json.dumps(builders.adapter_config(**change)))
     with pytest.raises(UnsupportedAdapterError, match=word):
         validate_adapter(adapter, base)
+
+
+def test_many_rank_patterns_over_many_modules_cost_little(tmp_path: Path) -> None:
+    config = read_config(
+        json.dumps(builders.adapter_config(rank_pattern={f"x.y{i}.z": 4 for i in range(256)})).encode(),
+        rank_max=8,
+    )
+    rules = ModuleRules(config)
+    assert {rules.rank_of(f"model.layers.{i}.self_attn.q_proj") for i in range(4000)} == {4}
+    assert rules.targets("a.b.q_proj")
+    assert not rules.targets("a.b.xq_proj")
+
+
+@given(
+    patterns=st.lists(
+        st.tuples(st.from_regex(r"[ab](\.[ab]){0,2}", fullmatch=True), st.integers(1, 8)), max_size=6
+    ),
+    module=st.from_regex(r"[abx](\.?[abx]){0,4}", fullmatch=True),
+)
+def test_the_rank_of_a_module_is_the_one_peft_and_vllm_find(
+    patterns: list[tuple[str, int]], module: str
+) -> None:
+    """Law of `rank_of`: `re.match(rf"(.*\\.)?({key})$", name)`, first match wins (peft.utils.other.get_pattern_key)."""
+    pattern = dict(patterns)
+    config = AdapterConfig(3, 8.0, False, ("a",), rank_pattern=tuple(pattern.items()))
+    theirs = next((rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), 3)
+    assert config.rank_of(module) == theirs
 
 
 @pytest.mark.parametrize("missing", ["r", "lora_alpha", "target_modules", "peft_type"])

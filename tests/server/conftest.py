@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import Signer
-from loraplex_registry.store import open_store
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.validation.base import BaseModel
 from tests.registry.builders import load_base, make_adapter, make_signer
 
 POLICY = """

@@ -46,7 +46,7 @@ async def running(
     document: dict[str, Any] = {
         "model": {"path": "sim", "name": "sim"},
         "server": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **sections.get("server", {})},
-        "adapters": {"slots": 2, "staging_dir": "staging", **sections.get("adapters", {})},
+        "adapters": {"slots": 2, "cache_dir": "cache", **sections.get("adapters", {})},
         "limits": sections.get("limits", {}),
     }
     if registry:

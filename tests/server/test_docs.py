@@ -42,6 +42,6 @@ def test_every_module_stands_in_the_architecture_page() -> None:
     root = DOCS.parent
     for package in ("registry", "server", "client", "trainer", "examples"):
         for path in (root / package / f"loraplex_{package}").rglob("*.py"):
-            if path.stem in {"__init__", "__main__"}:
-                continue
+            if path.stem in {"__init__", "__main__"} or path.parent.name == "commands":
+                continue  # a command's module is named like the command, which docs/cli.md has
             assert re.search(rf"`(\w+/)?{path.stem}`", text), f"{path.relative_to(root)} is not on the page"

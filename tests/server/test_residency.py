@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.errors import DigestMismatchError, StoreUnavailableError, UnsupportedAdapterError
 from loraplex_registry.registry import StagedAdapter
+from loraplex_registry.validation.base import BaseModel
 from loraplex_server.errors import AdapterNotReadyError
 from loraplex_server.residency import Residency, State
 from loraplex_server.versions import AdapterVersion, Progress
@@ -35,6 +35,7 @@ class SimSource:
     root: Path
     errors: dict[str, Exception] = field(default_factory=dict)
     staged: Counter[str] = field(default_factory=Counter)
+    swapped: set[str] = field(default_factory=set)
     delay_s: float = 0.0
 
     async def stage(self, wanted: AdapterVersion, progress: Progress) -> StagedAdapter:
@@ -48,6 +49,10 @@ class SimSource:
         return StagedAdapter(
             digest=wanted.digest, path=path, manifest=cast("Any", None), size_bytes=10, rank=4
         )
+
+    async def confirm(self, staged: StagedAdapter) -> None:
+        if staged.path.name in self.swapped:
+            raise DigestMismatchError("swapped")
 
     async def discard(self, staged: StagedAdapter) -> None:
         staged.path.rmdir()
@@ -182,6 +187,17 @@ async def test_a_load_the_engine_refuses_frees_its_slot_and_can_be_tried_again(t
     rig.engine.refuse_names.clear()
     await use(rig, "bad")
     await rig.residency.check()
+
+
+async def test_what_was_swapped_while_the_engine_read_it_is_unloaded_and_never_used(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path)
+    rig.source.swapped.add("bad")
+    with pytest.raises(DigestMismatchError, match="swapped"):
+        await use(rig, "bad")
+    assert rig.engine.adapters == {}
+    assert rig.residency.slots_used == 0
+    assert rig.directories() == set()
+    assert rig.events.ended == {"DIGEST_MISMATCH": 1}
 
 
 async def test_a_hanging_load_ends_by_its_time_and_harms_nobody_else(tmp_path: Path) -> None:

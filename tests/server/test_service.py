@@ -313,20 +313,34 @@ async def test_without_a_registry_the_base_serves_and_adapters_are_not_found(sho
             await client.generate("x", adapter="acme/orders")
 
 
-async def test_two_servers_cannot_share_a_staging_directory(shop: Shop) -> None:
-    async with running(shop):
-        with pytest.raises(ConfigError, match="staging_dir"):
-            async with running(shop):
-                pass
+@pytest.mark.parametrize("handoff", ["sealed", "directory"])
+async def test_two_servers_share_a_cache(shop: Shop, handoff: str) -> None:
+    shop.publish("acme/orders", tag="prod")
+    settings = {"handoff": handoff, "cache_bytes_max": 0}
+    async with running(shop, adapters=settings) as one, running(shop, adapters=settings) as other:
+        for rig in (one, other):
+            async with rig.client() as client:
+                await client.generate("x", adapter="acme/orders@prod", sampling=FOUR)
+        assert len(list((shop.root / "cache").glob("sha256-*"))) == 1
+    assert list((shop.root / "cache").iterdir()) == []
 
 
-async def test_what_an_earlier_process_left_in_staging_is_removed_at_start(shop: Shop) -> None:
-    left = shop.root / "staging" / "sha256-old"
-    left.mkdir(parents=True)
+async def test_what_an_earlier_process_left_unfinished_is_removed_at_start(shop: Shop) -> None:
+    (shop.root / "cache").mkdir(mode=0o700)
+    left = shop.root / "cache" / ".tmp-old"
+    left.mkdir()
     (left / "adapter_model.safetensors").write_bytes(b"x")
     os.chmod(left, 0o500)
     async with running(shop):
         assert not left.exists()
+
+
+async def test_a_cache_that_others_may_enter_is_refused_at_start(shop: Shop) -> None:
+    (shop.root / "cache").mkdir()
+    (shop.root / "cache").chmod(0o755)
+    with pytest.raises(ConfigError, match=r"adapters\.cache_dir.*chmod 700"):
+        async with running(shop):
+            pass
 
 
 async def test_stopping_lets_running_calls_finish_within_the_drain(shop: Shop) -> None:
@@ -338,9 +352,9 @@ async def test_stopping_lets_running_calls_finish_within_the_drain(shop: Shop) -
         assert (await call).usage.completion_tokens == 4
 
 
-def test_staging_names_are_private(tmp_path: Path, shop: Shop) -> None:
+def test_the_cache_is_private(tmp_path: Path, shop: Shop) -> None:
     async def check() -> None:
         async with running(shop):
-            assert (shop.root / "staging").stat().st_mode & 0o077 == 0
+            assert (shop.root / "cache").stat().st_mode & 0o077 == 0
 
     asyncio.run(check())

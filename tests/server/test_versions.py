@@ -1,26 +1,30 @@
 """From names to verified digests and to bytes on disk, over a real registry in a directory."""
 
 import asyncio
+import os
 import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.errors import (
     AdapterNotFoundError,
     BaseMismatchError,
+    DigestMismatchError,
     SignatureInvalidError,
     StoreUnavailableError,
 )
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, StagedAdapter
-from loraplex_registry.store import open_store
-from loraplex_registry.trust import TrustPolicy
-from loraplex_registry.weights import Limits
-from loraplex_server.versions import Versions, clear_staging
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.trust.marks import MemoryMarks
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.trust.verifier import Verifier
+from loraplex_registry.validation.weights import Limits
+from loraplex_server.versions import Versions
 from tests.server.conftest import Shop
 from tests.server.rig import until
 
@@ -52,12 +56,13 @@ class Clock:
 
 
 def make_versions(shop: Shop, *, registry: Registry | None = None, clock: Clock | None = None) -> Versions:
+    registry = registry or shop.registry
     return Versions(
-        registry=registry or shop.registry,
-        policy=TrustPolicy.load(shop.policy),
+        registry=registry,
+        verifier=Verifier(registry, TrustPolicy.load(shop.policy), marks=MemoryMarks(), refresh_s=0),
         base=shop.base,
         limits=Limits(max_rank=8),
-        staging_dir=shop.root / "staging",
+        cache=Cache(shop.root / "cache"),
         tag_ttl_s=5.0,
         stale_s_max=60.0,
         fetches_max=2,
@@ -116,7 +121,7 @@ async def test_a_version_for_another_base_is_refused_before_anything_is_fetched(
     assert registry.fetches == 0
 
 
-async def test_a_fetch_that_nobody_waits_for_any_more_leaves_no_directory(shop: Shop) -> None:
+async def test_a_fetch_that_nobody_waits_for_any_more_is_let_go_and_stays_in_the_cache(shop: Shop) -> None:
     registry = GatedRegistry(shop.url)
     versions = make_versions(shop, registry=registry)
     shop.publish("acme/orders", tag="prod")
@@ -128,7 +133,8 @@ async def test_a_fetch_that_nobody_waits_for_any_more_leaves_no_directory(shop: 
         await waiting
     registry.may_go_on.set()
     await until(lambda: not versions._left_behind)
-    assert list((shop.root / "staging").iterdir()) == []
+    await until(lambda: [entry.leased for entry in Cache(shop.root / "cache").entries()] == [False])
+    assert list((shop.root / "cache").glob(".tmp-*")) == []
 
 
 async def test_the_next_caller_takes_over_a_fetch_that_was_left_behind(shop: Shop) -> None:
@@ -154,11 +160,27 @@ async def test_the_next_caller_takes_over_a_fetch_that_was_left_behind(shop: Sho
     assert not staged.path.exists()
 
 
-def test_clearing_a_staging_directory_removes_read_only_leftovers(tmp_path: Path) -> None:
-    left = tmp_path / "staging" / "sha256-old"
-    left.mkdir(parents=True)
-    (left / "file").write_bytes(b"x")
-    (tmp_path / "staging" / "stray").write_bytes(b"x")
-    left.chmod(0o500)
-    clear_staging(tmp_path / "staging")
-    assert list((tmp_path / "staging").iterdir()) == []
+async def test_a_discarded_adapter_comes_back_from_the_cache_without_the_store(shop: Shop) -> None:
+    versions = make_versions(shop)
+    shop.publish("acme/orders", tag="prod")
+    version = await versions.resolve(ORDERS)
+    first = await versions.stage(version, silent)
+    await versions.confirm(first)
+    await versions.discard(first)
+    shutil.move(shop.root / "registry", shop.root / "away")
+    again = await versions.stage(version, silent)
+    await versions.confirm(again)
+    assert (again.path / "adapter_model.safetensors").stat().st_size > 0
+    versions.close()
+    assert not again.path.exists()
+
+
+async def test_a_path_changed_while_the_engine_reads_is_told(shop: Shop) -> None:
+    versions = make_versions(shop)
+    shop.publish("acme/orders", tag="prod")
+    staged = await versions.stage(await versions.resolve(ORDERS), silent)
+    os.chmod(staged.path, 0o700)
+    (staged.path / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(DigestMismatchError):
+        await versions.confirm(staged)
+    await versions.discard(staged)

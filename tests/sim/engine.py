@@ -9,8 +9,8 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator
 
-from loraplex_registry.base import BaseModel
 from loraplex_registry.errors import UnsupportedAdapterError
+from loraplex_registry.validation.base import BaseModel
 from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest
 from loraplex_server.errors import EngineUnavailableError
 

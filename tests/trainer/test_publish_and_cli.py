@@ -10,9 +10,9 @@ import pytest
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import generate_key
-from loraplex_registry.store import open_store
-from loraplex_registry.trust import TrustPolicy
-from loraplex_registry.weights import Limits
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.validation.weights import Limits
 from loraplex_trainer.cli import StepPrinter, main
 from loraplex_trainer.recipe import Step
 
@@ -45,7 +45,7 @@ def test_a_published_adapter_verifies_and_can_be_fetched(settings_file: Path, tm
     (tmp_path / "policy.toml").write_text(
         'version = 1\ndefault = "deny"\n[[rules]]\nscope = "acme/**"\nkeys = [{ path = "acme.pub" }]\n'
     )
-    from loraplex_registry.base import BaseModel
+    from loraplex_registry.validation.base import BaseModel
 
     base = BaseModel.from_json((tmp_path / "adapter" / "base_model.json").read_bytes())
     resolved = registry.resolve(AdapterRef.parse("acme/orders@prod"))

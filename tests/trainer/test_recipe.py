@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loraplex_registry.base import BaseModel
-from loraplex_registry.weights import Limits, validate_adapter
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.weights import Limits, validate_adapter
 from loraplex_trainer.config import TrainConfig
 from loraplex_trainer.data import collate, load_examples
 from loraplex_trainer.errors import ConfigError, DataError, DivergedError

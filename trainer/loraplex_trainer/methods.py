@@ -7,8 +7,8 @@ arXiv 2305.14314. The base is never changed and never saved.
 from pathlib import Path
 from typing import Any
 
-from loraplex_registry.checkpoint import checkpoint_directory
 from loraplex_registry.errors import SettingsError
+from loraplex_registry.validation.checkpoint import checkpoint_directory
 from loraplex_trainer.config import TrainConfig
 from loraplex_trainer.errors import ConfigError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import load_signer
-from loraplex_registry.store import open_store
+from loraplex_registry.storage.store import open_store
 from loraplex_trainer.config import PublishSettings
 from loraplex_trainer.recipe import TrainResult
 

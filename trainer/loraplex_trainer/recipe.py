@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex_registry.base import CARD_NAME, BaseModel
+from loraplex_registry.validation.base import CARD_NAME, BaseModel
 from loraplex_trainer.config import TrainConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, batches, collate, load_examples
 from loraplex_trainer.errors import ConfigError, DivergedError

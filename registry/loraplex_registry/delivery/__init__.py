@@ -1,0 +1,1 @@
+"""From a verified manifest to bytes an engine may load."""

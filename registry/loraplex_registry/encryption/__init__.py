@@ -1,0 +1,1 @@
+"""Client-side envelope encryption: data keys, key-encryption keys, and changing them."""

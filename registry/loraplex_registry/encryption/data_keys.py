@@ -1,0 +1,318 @@
+"""Client-side encryption of a version's files: what the storage holds is ciphertext, and only of this version.
+
+Every push makes one random data key. Its files, inline ones too, are encrypted with it by Tink's streaming AEAD
+(AES-256-GCM in segments of 1 MiB, https://developers.google.com/tink/streaming-aead). The data key lies in the record,
+wrapped by a key-encryption key (`key_providers`) that does not.
+
+What is promised:
+
+- a file decrypts only as the file of this name, size and SHA-256, of this push of this version of this adapter of
+  this tenant; anything else, and any change, cut, reordering or exchange of ciphertext or wrapped key, is refused with
+  one of the declared errors, never with Tink's;
+- at most `ciphertext_size(size)` bytes of a file are ever read, and no more than a few MiB of it are held;
+- plaintext never touches disk here; ciphertext may;
+- no `repr`, message or log holds a key.
+
+What is not: Tink's AEAD does not commit to a key. That is harmless only because size and SHA-256 of the plaintext are
+signed, and every reader compares them; do not use this module without the manifest. The manifest itself is not
+encrypted: whoever reads the bucket learns names, sizes and digests, and can confirm a guess of a whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Literal, NoReturn
+
+from ..errors import DigestMismatchError, PolicyRefusedError
+from ..format.manifest import FileEntry
+from ..format.record import Encryption
+from ..refs import AdapterRef, Version
+from ..validation.weights import open_regular
+from .key_providers import KeyContext, KeyProvider, KeyRing
+from .keysets import KeysetError, Kind, new_keyset, primitive
+
+ALGORITHM: Final = "tink-AES256_GCM_HKDF_1MB"
+"""The one algorithm accepted, as records name it."""
+
+SEGMENT_BYTES: Final = 1 << 20
+"""Bytes of one ciphertext segment (1 MiB); the last one is shorter."""
+
+HEADER_BYTES: Final = 40
+"""Bytes before the first segment's ciphertext: its own length, a salt of 32 and a nonce prefix of 7."""
+
+TAG_BYTES: Final = 16
+"""Bytes of authentication tag at the end of every segment."""
+
+PIECE_BYTES: Final = 1 << 20
+"""Most bytes of plaintext handed over at once."""
+
+Demand = Literal["required", "forbidden", "optional"]
+"""What a policy may say about encryption."""
+
+
+def ciphertext_size(plain_bytes: int) -> int:
+    """Return the exact bytes of ciphertext for so many bytes of plaintext (0 or more).
+
+    From the wire format of AES-GCM-HKDF streaming, https://developers.google.com/tink/streaming-aead/aes_gcm_hkdf_streaming:
+    the header lies within the first segment's 1 MiB, every segment ends with a tag, and there is always one segment.
+    """
+    per_segment = SEGMENT_BYTES - TAG_BYTES
+    segments = max(1, -(-(plain_bytes + HEADER_BYTES) // per_segment))
+    return HEADER_BYTES + plain_bytes + TAG_BYTES * segments
+
+
+class DataKey:
+    """The key of one push. Made by `new_data_key` and `open_data_key`; safe to use from many threads."""
+
+    __slots__ = ("_encryption", "_primitive", "context")
+
+    def __init__(self, keyset: bytes, encryption: Encryption, context: KeyContext) -> None:
+        self._primitive = primitive(keyset, Kind.STREAMING)
+        self._encryption = encryption
+        self.context = context
+
+    @property
+    def encryption(self) -> Encryption:
+        """What the record says: algorithm, key-encryption key, wrapped data key."""
+        return self._encryption
+
+    def inline(self, file: FileEntry, body: bytes) -> bytes:
+        """Return the ciphertext of a small file. `file` describes the plaintext.
+
+        Raises:
+            DigestMismatchError: `body` is not the file described.
+        """
+        sink = _Sink(io.BytesIO())
+        self._encrypt(io.BytesIO(body), file, sink)
+        return sink.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    @contextlib.contextmanager
+    def blob(self, file: FileEntry, path: Path) -> Iterator[tuple[Path, FileEntry]]:
+        """Encrypt the file at `path` into a temporary file and yield that, with the ciphertext's size and SHA-256.
+
+        The temporary file lies in a directory that only this user can enter, below `$TMPDIR`, and is gone afterwards.
+
+        Args:
+            file: name, size and SHA-256 of the plaintext.
+            path: where it is, a regular file.
+
+        Raises:
+            DigestMismatchError: the file is not the one described.
+        """
+        with tempfile.TemporaryDirectory(prefix="loraplex-") as directory:
+            target = Path(directory) / "ciphertext"
+            with target.open("xb") as out, open_regular(path) as source:
+                sink = _Sink(out)
+                self._encrypt(source, file, sink)
+            yield target, FileEntry(file.name, sink.size, sink.digest.hexdigest())
+
+    def decrypting(self, pieces: Iterable[bytes | memoryview], file: FileEntry) -> Iterator[bytes]:
+        """Yield the plaintext of a file, in order, in pieces of at most PIECE_BYTES.
+
+        Each piece is authenticated before it is handed over, as the bytes at this place of this file; that the file is
+        whole is known only when the iterator ends. Memory is bounded by a few MiB.
+
+        Args:
+            pieces: the ciphertext in order; each may be overwritten once the next is asked for. Closed at the end,
+                when it can be. What it raises is passed on unchanged.
+            file: the file wanted, from the signed manifest.
+
+        Raises:
+            DigestMismatchError: not the ciphertext of this file under this key.
+        """
+        import tink
+
+        source = _Source(pieces, limit_bytes=ciphertext_size(file.size))
+        left = file.size
+        try:
+            stream = self._primitive.new_decrypting_stream(source, self.context.of_file(file))
+            while piece := stream.read1(PIECE_BYTES):
+                left -= len(piece)
+                if left < 0:
+                    _refuse(self.context, file)
+                yield piece
+            if left:
+                _refuse(self.context, file)
+        except (tink.TinkError, ValueError) as error:
+            if source.failure is not None:
+                raise source.failure from None
+            _refuse(self.context, file, error)
+        finally:
+            source.end()
+
+    def open_inline(self, ciphertext: bytes, file: FileEntry) -> bytes:
+        """Return the plaintext of a small file, with size and SHA-256 checked.
+
+        Raises:
+            DigestMismatchError: not the ciphertext of this file under this key.
+        """
+        body = b"".join(self.decrypting([ciphertext], file))
+        if hashlib.sha256(body).hexdigest() != file.sha256:
+            _refuse(self.context, file)
+        return body
+
+    def _encrypt(self, source: BinaryIO, file: FileEntry, sink: _Sink) -> None:
+        """Encrypt `source` to its end into `sink`, checking that it is the file described."""
+        digest, size = hashlib.sha256(), 0
+        with self._primitive.new_encrypting_stream(sink, self.context.of_file(file)) as stream:
+            while chunk := source.read(PIECE_BYTES):
+                size += len(chunk)
+                digest.update(chunk)
+                stream.write(chunk)
+        if (size, digest.hexdigest()) != (file.size, file.sha256):
+            raise DigestMismatchError(
+                f"{file.name} changed while it was published; leave it alone and push again."
+            )
+
+    def __repr__(self) -> str:
+        return f"DataKey({self.context}, {self._encryption.kek})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a data key is not copied or stored")
+
+
+class RingSealer:
+    """Encrypts pushes: each with a new data key under the first key of a ring. See `content.Sealer`."""
+
+    def __init__(self, ring: KeyRing) -> None:
+        self._ring = ring
+
+    def begin(self, ref: AdapterRef, version: Version, pid: str) -> DataKey:
+        """Make the data key of one push and wrap it.
+
+        Raises:
+            SettingsError: no key is configured, or its file cannot be used.
+            PolicyRefusedError, StoreUnavailableError, StoreRefusedError: see `KeyProvider.wrap`.
+        """
+        return new_data_key(self._ring.wrapping(ref.tenant), KeyContext.of(ref, version, pid))
+
+
+def new_data_key(provider: KeyProvider, context: KeyContext) -> DataKey:
+    """Make the data key of a push and wrap it.
+
+    Raises:
+        PolicyRefusedError, StoreUnavailableError, StoreRefusedError: see `KeyProvider.wrap`.
+    """
+    keyset = new_keyset(Kind.STREAMING)
+    encryption = Encryption(ALGORITHM, provider.uri, provider.wrap(keyset, context))
+    return DataKey(keyset, encryption, context)
+
+
+def open_data_key(ring: KeyRing, encryption: Encryption, context: KeyContext) -> DataKey:
+    """Return the data key of a record, for the version it was asked for.
+
+    Args:
+        ring: the configured keys; the record's word only selects among them.
+        encryption: from the record, not believed.
+        context: tenant, adapter and version as verified, and the record's push id.
+
+    Raises:
+        PolicyRefusedError: an unknown algorithm, or a key that is not configured for this tenant.
+        DigestMismatchError: the data key was not wrapped for this context.
+        SettingsError, StoreUnavailableError, StoreRefusedError: the key.
+    """
+    keyset = unwrapped_keyset(ring, encryption, context)
+    try:
+        return DataKey(keyset, encryption, context)
+    except KeysetError as error:
+        raise DigestMismatchError(
+            f"What the record of {context} wraps is not a data key; push it again."
+        ) from error
+
+
+def unwrapped_keyset(ring: KeyRing, encryption: Encryption, context: KeyContext) -> bytes:
+    """Return the serialised data key, a secret; see `open_data_key`. For wrapping it again."""
+    if encryption.alg != ALGORITHM:
+        raise PolicyRefusedError(
+            f"{context} is encrypted with {encryption.alg[:64]!r}, which is not accepted; {ALGORITHM} is."
+        )
+    return ring.unwrapping(context.tenant, encryption.kek).unwrap(encryption.wrapped, context)
+
+
+def check_demand(encryption: Encryption | None, demand: Demand, *, what: str) -> None:
+    """Compare a record with what the policy demands.
+
+    Args:
+        encryption: from the record; None when its files are in clear.
+        demand: `required` refuses files in clear, `forbidden` refuses encrypted ones, `optional` takes both.
+        what: the reference, for messages.
+
+    Raises:
+        PolicyRefusedError: the record is not as demanded, or names an unknown algorithm.
+    """
+    if encryption is None and demand == "required":
+        raise PolicyRefusedError(
+            f"{what} is not encrypted and the policy requires it; push it again with a key."
+        )
+    if encryption is not None and demand == "forbidden":
+        raise PolicyRefusedError(
+            f"{what} is encrypted and the policy forbids it; push it again without a key."
+        )
+    if encryption is not None and encryption.alg != ALGORITHM:
+        raise PolicyRefusedError(f"{what} is encrypted with {encryption.alg[:64]!r}, which is not accepted.")
+
+
+class _Sink(io.RawIOBase):
+    """Passes ciphertext on to a file, counting and hashing it. Does not close the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, body: Any) -> int:
+        self.file.write(body)
+        self.digest.update(body)
+        self.size += len(body)
+        return len(body)
+
+
+class _Source(io.RawIOBase):
+    """Makes an iterator of pieces readable, up to a limit, and keeps the error it ended with: Tink would hide it."""
+
+    def __init__(self, pieces: Iterable[bytes | memoryview], *, limit_bytes: int) -> None:
+        super().__init__()
+        self._pieces = iter(pieces)
+        self._piece = memoryview(b"")
+        self._left = limit_bytes
+        self.failure: BaseException | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            while not self._piece:
+                self._piece = memoryview(next(self._pieces))
+        except StopIteration:
+            return b""
+        except BaseException as error:
+            self.failure = error
+            raise
+        # One byte above the limit is passed on, so that Tink sees a ciphertext that is too long and refuses it.
+        taken = bytes(self._piece[: min(size if size >= 0 else len(self._piece), self._left + 1)])
+        self._piece = self._piece[len(taken) :]
+        self._left -= len(taken)
+        return taken
+
+    def end(self) -> None:
+        """Close the iterator; a download must not go on for nobody."""
+        self._piece = memoryview(b"")
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+def _refuse(context: KeyContext, file: FileEntry, error: BaseException | None = None) -> NoReturn:
+    raise DigestMismatchError(
+        f"{file.name} of {context} does not decrypt to the signed file; the store is damaged or was tampered with."
+    ) from error

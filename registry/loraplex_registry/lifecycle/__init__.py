@@ -1,0 +1,1 @@
+"""What happens to a version: publish, tag, delete, collect, check, record."""

@@ -1,0 +1,223 @@
+"""Amending a committed version: another signature over it, another statement about it, never another content.
+
+```
+read the record -> change bundle or attestations -> compare-and-swap -> renew the copies in the tags that point to it
+```
+
+Manifest, files and encryption stay byte for byte, so the digest stays, and with it every cached copy. A crash between
+the swap and the tags leaves tags with an older copy of the record, which is as valid as it was before; the same command
+again renews them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from ..errors import (
+    AdapterNotFoundError,
+    ConflictError,
+    DigestMismatchError,
+    KeyConflictError,
+    SettingsError,
+    SignatureInvalidError,
+)
+from ..format import layout
+from ..format.canonical import StrictJsonError
+from ..format.manifest import Manifest
+from ..format.record import CommittedRecord, DeletingRecord, check_attestations
+from ..refs import AdapterRef, Version
+from ..signing import Signer
+from ..signing.attestations import make_attestation, subject_name, verify_attestations
+from ..signing.bundles import KeyIdentity, bundle_identity, sign_files
+from ..storage.store import Store, write_conditionally
+from ..trust.verdict import VerifiedManifest
+from ..validation.weights import MANIFEST_NAME
+from .publish import COMMITTED_BYTES_MAX
+from .tagging import Target, refresh_copies
+from .versions import get_record
+
+SWAPS_MAX: Final = 5
+"""How often an amendment is tried again when others amend the same version."""
+
+Change = Callable[[CommittedRecord], CommittedRecord]
+"""Returns the record as it is to be; the record given itself when there is nothing to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Amended:
+    """What was done: the record as it is now, its etag, whether it changed, and the tags whose copy was renewed."""
+
+    version: Version
+    record: CommittedRecord
+    etag: str
+    changed: bool
+    tags: tuple[str, ...]
+
+
+def amend(store: Store, ref: AdapterRef, version: Version, change: Change) -> Amended:
+    """Change the signature or the statements of a committed version.
+
+    Requests: GET and PUT of the record, one listing of the tags, a GET of each and a PUT of those that point here, and
+    a GET of the record again.
+
+    Args:
+        store: where.
+        ref: tenant and adapter.
+        version: the version.
+        change: called with the record; called again when somebody else changed it meanwhile.
+
+    Raises:
+        AdapterNotFoundError: the version is not committed.
+        ConflictError: it is being deleted, or others keep changing it.
+        SettingsError: the record would become too long.
+        StoreUnavailableError, StoreRefusedError: the storage.
+    """
+    name = AdapterRef(ref.tenant, ref.adapter)
+    for _ in range(SWAPS_MAX):
+        before, etag = _committed(store, name, version)
+        after = change(before)
+        if after is not before:
+            try:
+                etag = _swap(store, name, version, before, after, etag)
+            except KeyConflictError:
+                continue
+        newest, tags = _renew_copies(store, name, Target(version, after, etag))
+        return Amended(version, newest.record, newest.etag, after is not before, tags)
+    raise ConflictError(f"{name}@{version} keeps being changed by others; run the command again.")
+
+
+def attach(
+    store: Store,
+    verified: VerifiedManifest,
+    predicate_type: str,
+    predicate: Mapping[str, Any],
+    signer: Signer,
+) -> Amended:
+    """Attach a signed statement to a version; the same statement by the same key is attached once.
+
+    Args:
+        store: where.
+        verified: the version; what is not trusted is not attested.
+        predicate_type: an https URI.
+        predicate: a JSON object.
+        signer: the key.
+
+    Raises:
+        As `amend` and `attestations.make_attestation`; ConflictError when it was replaced meanwhile.
+    """
+    ref, digest = verified.ref, verified.digest
+    if not verified.keyid or ref.version is None:  # audit mode let a bad signature pass
+        raise SignatureInvalidError(f"{ref} has no signature that counts; publish it again first.")
+    version = ref.version
+    envelope = make_attestation(ref, version, digest, predicate_type, predicate, signer)
+
+    def change(record: CommittedRecord) -> CommittedRecord:
+        _require_same(record, verified)
+        for statement in _statements_of(record, ref, version, signer):
+            if (statement.predicate_type, statement.predicate) == (predicate_type, dict(predicate)):
+                return record
+        try:
+            return replace(record, attest=check_attestations([*record.attest, envelope]))
+        except StrictJsonError as error:
+            raise SettingsError(f"{ref} cannot take another attestation ({error}).") from error
+
+    return amend(store, ref, version, change)
+
+
+def resign(store: Store, verified: VerifiedManifest, signer: Signer) -> Amended:
+    """Put another key's signature in the place of the one a version has.
+
+    Nothing is downloaded: the manifest lists every file's digest.
+
+    Args:
+        store: where.
+        verified: the version; what is not trusted is not signed.
+        signer: the new key.
+
+    Raises:
+        As `amend`; ConflictError when the version was replaced meanwhile.
+    """
+    ref, manifest = verified.ref, verified.manifest
+    if not verified.keyid or ref.version is None:  # audit mode let a bad signature pass
+        raise SignatureInvalidError(f"{ref} has no signature that counts; publish it again instead.")
+    bundle = sign_files(files_to_sign(manifest), signer, subject=subject_name(ref, ref.version))
+
+    def change(record: CommittedRecord) -> CommittedRecord:
+        _require_same(record, verified)
+        return record if _is_signed_by(record, signer) else replace(record, bundle=bundle)
+
+    return amend(store, ref, ref.version, change)
+
+
+def files_to_sign(manifest: Manifest) -> dict[str, str]:
+    """Return what a version's bundle covers: every file of the manifest and the manifest itself."""
+    listed = {file.name: file.sha256 for file in manifest.files}
+    return {**listed, MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
+
+
+def _committed(store: Store, ref: AdapterRef, version: Version) -> tuple[CommittedRecord, str]:
+    found = get_record(store, ref, version)
+    if found is not None and isinstance(found[0], CommittedRecord):
+        return found[0], found[1]
+    if found is not None and isinstance(found[0], DeletingRecord):
+        raise ConflictError(f"{ref}@{version} is being deleted; push it again under another version.")
+    raise AdapterNotFoundError(
+        f"{ref}@{version} is not in {store.url}; `registry ls {ref.name}` shows what is."
+    )
+
+
+def _swap(
+    store: Store,
+    ref: AdapterRef,
+    version: Version,
+    before: CommittedRecord,
+    after: CommittedRecord,
+    etag: str,
+) -> str:
+    if replace(after, bundle=before.bundle, attest=before.attest) != before:
+        raise ValueError("an amendment changes the bundle and the attestations alone")
+    body = after.to_bytes()
+    if len(body) > COMMITTED_BYTES_MAX:
+        raise SettingsError(
+            f"The record of {ref}@{version} would be longer than {COMMITTED_BYTES_MAX} bytes; attach less."
+        )
+    return write_conditionally(store, layout.version_key(ref, version), body, etag=etag)
+
+
+def _renew_copies(store: Store, ref: AdapterRef, target: Target) -> tuple[Target, tuple[str, ...]]:
+    """Renew the tags' copies until they are of the newest record; return it and the tags renewed.
+
+    A rival that amended the record later may have renewed the tags earlier than we do, and our older copy would stay.
+    So whoever renews looks at the record afterwards, and renews again when it is a newer one.
+    """
+    tags: dict[str, None] = {}
+    for _ in range(SWAPS_MAX):
+        tags |= dict.fromkeys(refresh_copies(store, ref, target))
+        found = get_record(store, ref, target.version)
+        if found is None or not isinstance(found[0], CommittedRecord) or found[1] == target.etag:
+            break
+        target = Target(target.version, found[0], found[1])
+    return target, tuple(sorted(tags))
+
+
+def _require_same(record: CommittedRecord, verified: VerifiedManifest) -> None:
+    if record.manifest_bytes != verified.record.manifest_bytes:
+        raise DigestMismatchError(f"{verified.ref} was replaced after it was verified; look at it again.")
+
+
+def _statements_of(record: CommittedRecord, ref: AdapterRef, version: Version, signer: Signer) -> list[Any]:
+    try:
+        subject = subject_name(ref, version)
+        return list(verify_attestations(record.attest, subject, record.digest, [signer.public_key]))
+    except SignatureInvalidError:
+        return []  # what cannot be read is not this statement
+
+
+def _is_signed_by(record: CommittedRecord, signer: Signer) -> bool:
+    try:
+        identity = bundle_identity(record.bundle)
+    except SignatureInvalidError:
+        return False
+    return isinstance(identity, KeyIdentity) and identity.keyid == signer.keyid

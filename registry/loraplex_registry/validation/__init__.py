@@ -1,0 +1,1 @@
+"""Whether files are a plain LoRA adapter that fits its base model."""
