@@ -10,7 +10,7 @@ Shredding destroys a tenant's key-encryption keys, and proves on every version t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, cast
 
 from ..errors import (
@@ -87,7 +87,7 @@ def rewrap_version(store: Store, ref: AdapterRef, ring: KeyRing, to: KeyProvider
         if record.encryption.kek == to.uri:
             return Rewrapped(ref, "already", to.uri, _renew_tags(store, ref, record, etag))
         context = KeyContext.of(ref, ref.version, record.pid)
-        new = replace(record, encryption=_rewrapped(ring, to, record.encryption, context))
+        new = record.revised(encryption=_rewrapped(ring, to, record.encryption, context))
         try:
             etag = write_conditionally(store, layout.version_key(ref, ref.version), new.to_bytes(), etag=etag)
         except KeyConflictError:

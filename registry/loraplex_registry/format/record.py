@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ..errors import DamagedError
@@ -135,7 +135,12 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class CommittedRecord:
-    """A published version: the signed manifest, its bundle, and where the files are."""
+    """A published version: the signed manifest, its bundle, and where the files are.
+
+    `rev` grows by one with every change of the record after the commit, so that the bytes of an earlier state never
+    come back, and a request of then that arrives late finds another etag. Records that differ in nothing else are
+    equal.
+    """
 
     pid: str
     manifest_bytes: bytes
@@ -143,6 +148,11 @@ class CommittedRecord:
     files: tuple[StoredFile, ...]
     attest: tuple[dict[str, Any], ...] = ()
     encryption: Encryption | None = None
+    rev: int = field(default=0, compare=False)
+
+    def revised(self, **changes: Any) -> CommittedRecord:
+        """Return the record with fields changed, as the next state after this one."""
+        return replace(self, rev=self.rev + 1, **changes)
 
     @property
     def digest(self) -> str:
@@ -171,6 +181,7 @@ class CommittedRecord:
             "fmt": FORMAT,
             "state": "committed",
             "pid": self.pid,
+            "rev": self.rev,
             "manifest": b64encode(self.manifest_bytes),
             "bundle": self.bundle,
             "attest": list(self.attest),
@@ -295,7 +306,7 @@ def _deleting(value: dict[str, Any], version: Version) -> DeletingRecord:
 
 def _committed(value: dict[str, Any], version: Version) -> CommittedRecord:
     fields = exact_object(
-        value, frozenset({"fmt", "state", "pid", "manifest", "bundle", "attest", "storage"})
+        value, frozenset({"fmt", "state", "pid", "rev", "manifest", "bundle", "attest", "storage"})
     )
     pid = _pid(fields["pid"])
     manifest = b64decode(fields["manifest"])
@@ -311,7 +322,13 @@ def _committed(value: dict[str, Any], version: Version) -> CommittedRecord:
     if blobs != [blob_name(version, pid, index) for index in range(len(blobs))]:
         raise StrictJsonError("a blob key does not belong to this push")
     return CommittedRecord(
-        pid, manifest, fields["bundle"], files, check_attestations(fields["attest"]), encryption
+        pid,
+        manifest,
+        fields["bundle"],
+        files,
+        check_attestations(fields["attest"]),
+        encryption,
+        _whole(fields["rev"]),
     )
 
 

@@ -119,7 +119,7 @@ def attach(
             if (statement.predicate_type, statement.predicate) == (predicate_type, dict(predicate)):
                 return record
         try:
-            return replace(record, attest=check_attestations([*record.attest, envelope]))
+            return record.revised(attest=check_attestations([*record.attest, envelope]))
         except StrictJsonError as error:
             raise SettingsError(f"{ref} cannot take another attestation ({error}).") from error
 
@@ -146,7 +146,7 @@ def resign(store: Store, verified: VerifiedManifest, signer: Signer) -> Amended:
 
     def change(record: CommittedRecord) -> CommittedRecord:
         _require_same(record, verified)
-        return record if _is_signed_by(record, signer) else replace(record, bundle=bundle)
+        return record if _is_signed_by(record, signer) else record.revised(bundle=bundle)
 
     return amend(store, ref, ref.version, change)
 

@@ -93,7 +93,8 @@ def delete_version(
     except RegistryError:
         # Best effort: if it fails, the version stays as it is and the same command is run again.
         with contextlib.suppress(StoreError):
-            write_conditionally(store, layout.version_key(ref, _version(ref)), record.to_bytes(), etag=etag)
+            back = record.revised().to_bytes()
+            write_conditionally(store, layout.version_key(ref, _version(ref)), back, etag=etag)
         raise
     _finish(store, ref, record, etag, now, reason)
     return Deletion(_version(ref), record.digest, True, tuple(untagged))

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import DamagedError, KeyAbsentError, TrustError
 from ..format import layout
-from ..format.canonical import canonical
 from ..format.record import RECORD_BYTES_MAX, CommittedRecord, DeletedRecord, DeletingRecord, Record
 from ..format.tags import TagStatement, read_tag_log
 from ..refs import AdapterRef
@@ -74,7 +73,7 @@ def _target_findings(store: Store, ref: AdapterRef, key: str, state: TagState) -
                     "set it again",
                 )
             ]
-        if state.tag.record is not None and canonical(state.tag.record.to_value()) != content.to_bytes():
+        if state.tag.record is not None and state.tag.record != content:
             return [
                 Finding(
                     "note",

@@ -118,8 +118,7 @@ def mend_version(
         _require_good(file, good)
     pid = uuid.uuid4().hex
     seal = None if old.encryption is None or sealer is None else sealer.begin(ref, target.version, pid)
-    record = replace(
-        old,
+    record = old.revised(
         pid=pid,
         files=_moved(old, target.version, pid, good, seal),
         encryption=None if seal is None else seal.encryption,

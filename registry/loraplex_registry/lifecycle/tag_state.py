@@ -85,13 +85,14 @@ def read_tag_state(store: Store, ref: AdapterRef, tag: str) -> TagState | None:
 def refresh_copy(store: Store, ref: AdapterRef, tag: str, state: TagState, record: CommittedRecord) -> bool:
     """Renew a tag's copy of its record, leaving the statement alone; False when a rival changed the tag.
 
-    The record must be of the same manifest as the tag's.
+    The record must be of the same manifest as the tag's. A copy that is newer already stays, so of several changes of
+    a record at once the last one ends up in the tag.
     """
     if state.tag.record is None or state.tag.record.manifest_bytes != record.manifest_bytes:
         raise InvalidReferenceError(f"{ref.name}@{tag} does not point to this version; move it.")
-    body = replace(state.tag, record=record).to_bytes()
-    if body == state.tag.to_bytes():
+    if state.tag.record.rev > record.rev or state.tag.record == record:
         return True
+    body = replace(state.tag, record=record).to_bytes()
     try:
         write_conditionally(store, layout.tag_key(ref, tag), body, etag=state.etag)
     except KeyConflictError:
@@ -109,7 +110,7 @@ def refresh_copies(store: Store, ref: AdapterRef, target: Target) -> list[str]:
                 break
             if state.tag.record.manifest_bytes != target.record.manifest_bytes:
                 break
-            if state.tag.record == target.record:
+            if state.tag.record == target.record or state.tag.record.rev > target.record.rev:
                 break
             if refresh_copy(store, ref, name, state, target.record):
                 renewed.append(name)
