@@ -28,19 +28,24 @@ from .format.canonical import StrictJsonError
 from .format.manifest import check_annotations
 from .format.record import (
     RECORD_BYTES_MAX,
-    AbortedRecord,
     CommittedRecord,
-    DeletedRecord,
-    DeletingRecord,
-    PendingRecord,
     Record,
     check_attestations,
     read_record,
 )
 from .format.tags import TagObject, read_tag
 from .lifecycle.content import Sealer, Signed
-from .lifecycle.publish import Content, Publication, list_versions
-from .refs import AdapterRef, Version, version_order
+from .lifecycle.listing import (
+    ListedVersion,
+    in_parallel,
+    list_adapters,
+    list_tenants,
+    list_versions,
+    version_names,
+)
+from .lifecycle.publish import Content, Publication
+from .lifecycle.tag_state import tag_names
+from .refs import AdapterRef, Version
 from .signing import Signer
 from .storage.root_marker import initialise, require_writable
 from .storage.store import CountingStore, Store
@@ -57,7 +62,6 @@ __all__ = [
     "Resolved",
     "StagedAdapter",
     "VerifiedManifest",
-    "VersionState",
 ]
 
 
@@ -99,19 +103,6 @@ class Resolved:
     digest: str
     record: CommittedRecord
     tag: TagObject | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class VersionState:
-    """A version as listed, unverified. `state` is that of its record; the rest is known of committed versions only,
-    the digest of deleted ones too.
-    """
-
-    version: Version
-    state: str
-    digest: str | None
-    created: str | None
-    size_bytes: int | None
 
 
 def utc_now() -> dt.datetime:
@@ -260,13 +251,10 @@ class Registry:
         """
         if ref.tag is not None:
             return self._resolve_tag(ref)
-        versions = (
-            [ref.version]
-            if ref.version is not None
-            else sorted(list_versions(self._store, ref), key=version_order, reverse=True)
-        )
-        for version in versions:
-            record = self._record(ref, version)
+        versions = [ref.version] if ref.version is not None else version_names(self._store, ref)
+        # By digest every record may have to be read; else the first committed one ends the search.
+        each = in_parallel if ref.digest is not None else map
+        for version, record in each(lambda version: (version, self._record(ref, version)), versions):
             if isinstance(record, CommittedRecord) and ref.digest in (None, record.digest):
                 return Resolved(ref, version, record.digest, record)
         raise AdapterNotFoundError(
@@ -430,29 +418,19 @@ class Registry:
 
     def tenants(self) -> Iterator[str]:
         """Yield the tenants' names in order."""
-        return self._directories(layout.TENANTS_PREFIX)
+        return list_tenants(self._store)
 
     def adapters(self, tenant: str) -> Iterator[str]:
         """Yield the names of a tenant's adapters in order."""
-        return self._directories(layout.adapters_prefix(tenant))
+        return list_adapters(self._store, tenant)
 
     def tags(self, ref: AdapterRef) -> Iterator[str]:
-        """Yield the names of an adapter's tags in order."""
-        for name in self._store.children(layout.tags_prefix(ref)):
-            if name.endswith(".json"):
-                yield name.removesuffix(".json")
+        """Yield the names of an adapter's tags in order, removed ones too."""
+        return tag_names(self._store, ref)
 
-    def versions(self, ref: AdapterRef) -> Iterator[VersionState]:
+    def versions(self, ref: AdapterRef) -> Iterator[ListedVersion]:
         """Yield an adapter's versions, newest first; one request each after the listing. Nothing is verified."""
-        for version in sorted(list_versions(self._store, ref), key=version_order, reverse=True):
-            record = self._record(ref, version)
-            if record is not None:
-                yield _version_state(version, record)
-
-    def _directories(self, prefix: str) -> Iterator[str]:
-        for name in self._store.children(prefix):
-            if name.endswith("/"):
-                yield name.removesuffix("/")
+        return list_versions(self._store, ref, version_names(self._store, ref))
 
     def _resolve_tag(self, ref: AdapterRef) -> Resolved:
         assert ref.tag is not None
@@ -497,13 +475,3 @@ def checked_attestations(value: Sequence[dict[str, Any]]) -> tuple[dict[str, Any
         return check_attestations(list(value))
     except StrictJsonError as error:
         raise InvalidReferenceError(f"The attestations are refused: {error}.") from error
-
-
-def _version_state(version: Version, record: Record) -> VersionState:
-    if isinstance(record, CommittedRecord):
-        manifest = record.manifest_unverified()
-        return VersionState(version, "committed", record.digest, manifest.created, manifest.size_bytes)
-    if isinstance(record, DeletedRecord):
-        return VersionState(version, "deleted", f"sha256:{record.manifest_sha256}", None, None)
-    states = {PendingRecord: "pending", AbortedRecord: "aborted", DeletingRecord: "deleting"}
-    return VersionState(version, states[type(record)], None, None, None)

@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..errors import ConflictError, DigestMismatchError, PolicyRefusedError, SettingsError
 from ..format.canonical import StrictJsonError, b64decode, b64encode, canonical, exact_object, parse_canonical
 from ..refs import check_name
+from ..signing.keys import write_new
 from .key_providers import KeyContext
 from .keysets import KeysetError, Kind, new_keyset, primitive
 
@@ -121,7 +122,7 @@ def generate_encryption_key(path: str | Path, tenant: str) -> str:
     check_name("tenant", tenant)
     keyset, key_id = new_keyset(Kind.WRAPPING), secrets.token_hex(16)
     body = canonical({"schema": SCHEMA, "id": key_id, "tenant": tenant, "keyset": b64encode(keyset)})
-    _write_new(Path(path), body)
+    write_new(Path(path), body, mode=0o600)
     return f"raw:{key_id}"
 
 
@@ -143,23 +144,6 @@ def _read(path: Path) -> bytes:
             f"Encryption key {path} may be read by others; run `chmod 600 {path}` as its owner."
         )
     return body
-
-
-def _write_new(path: Path, body: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError as error:
-        raise SettingsError(
-            f"{path} exists already; a key is never overwritten, choose another name."
-        ) from error
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}).") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(path.parent)
 
 
 def _overwrite_and_remove(path: Path) -> None:

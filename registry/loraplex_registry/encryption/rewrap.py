@@ -27,7 +27,7 @@ from ..errors import (
 from ..format import layout
 from ..format.record import CommittedRecord, DeletingRecord, Encryption
 from ..lifecycle.tagging import Target, refresh_copies
-from ..lifecycle.versions import get_record, list_versions
+from ..lifecycle.versions import get_record, recorded_versions
 from ..refs import AdapterRef, version_order
 from ..storage.store import Store, write_conditionally
 from .data_keys import ALGORITHM, open_data_key, unwrapped_keyset
@@ -217,7 +217,7 @@ def shred(store: Store, tenant: str, ring: KeyRing, *, pending_days: int) -> Shr
 
 
 def _versions(store: Store, ref: AdapterRef) -> Iterator[AdapterRef]:
-    for version in sorted(list_versions(store, ref), key=version_order):
+    for version in sorted(recorded_versions(store, ref), key=version_order):
         yield AdapterRef(ref.tenant, ref.adapter, version=version)
 
 

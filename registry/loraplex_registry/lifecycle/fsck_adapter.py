@@ -22,7 +22,7 @@ from ..storage.store import Piece, Store, read_blob
 from .findings import Finding, Report, Severity
 from .fsck_tags import check_tags, content_of
 from .tag_state import tag_names
-from .versions import get_record, list_versions
+from .versions import get_record, recorded_versions
 
 if TYPE_CHECKING:
     from ..encryption.key_providers import KeyRing
@@ -86,7 +86,7 @@ def check_adapter(store: Store, ref: AdapterRef, depth: Depth, report: Report) -
     adapter = _Adapter(store, AdapterRef(ref.tenant, ref.adapter), depth, report)
     report.count("adapters")
     tags = list(tag_names(store, ref))
-    for version in list_versions(store, ref):
+    for version in recorded_versions(store, ref):
         _read_version(adapter, version)
     _check_blobs(adapter)
     check_tags(store, ref, tags, report)

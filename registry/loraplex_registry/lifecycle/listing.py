@@ -30,12 +30,10 @@ from ..format.record import (
 from ..format.tags import read_tag
 from ..refs import AdapterRef, Version, version_order
 from ..storage.store import Store
+from .versions import recorded_versions
 
 READERS: Final = 16
 """Threads that read records and tags."""
-
-VERSIONS_MAX: Final = 100_000
-"""Most versions of one adapter that are listed."""
 
 _STATES: Final = {
     PendingRecord: "pending",
@@ -50,7 +48,8 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True, slots=True)
 class ListedVersion:
-    """A version as found: `state` is a record's, or `damaged`. The rest is known of committed ones alone.
+    """A version as found: `state` is a record's, or `damaged`. The rest is known of committed ones, the digest of
+    deleted ones too.
 
     Attributes:
         created: UTC, as in the manifest.
@@ -104,14 +103,7 @@ def version_names(store: Store, ref: AdapterRef) -> list[Version]:
     Raises:
         DamagedError: more than VERSIONS_MAX.
     """
-    versions: list[Version] = []
-    for name in store.children(layout.versions_prefix(ref)):
-        version = layout.version_of_record(name)
-        if version is not None:
-            versions.append(version)
-        if len(versions) > VERSIONS_MAX:
-            raise DamagedError(f"{ref.name} has more than {VERSIONS_MAX} versions; name one.")
-    return sorted(versions, key=version_order, reverse=True)
+    return sorted(recorded_versions(store, ref), key=version_order, reverse=True)
 
 
 def list_versions(store: Store, ref: AdapterRef, versions: Iterable[Version]) -> Iterator[ListedVersion]:
@@ -169,6 +161,8 @@ def _read_version(store: Store, ref: AdapterRef, version: Version) -> ListedVers
 
 def _listed(version: Version, record: Record) -> ListedVersion:
     state = _STATES[type(record)]
+    if isinstance(record, DeletedRecord):
+        return ListedVersion(version, state, f"sha256:{record.manifest_sha256}")
     if not isinstance(record, CommittedRecord):
         return ListedVersion(version, state)
     manifest = record.manifest_unverified()

@@ -38,9 +38,9 @@ from ..validation.base import Progress
 from ..validation.weights import MANIFEST_NAME
 from .content import Content, Sealer, store_files
 from .tagging import TagMove, TagState, Target, Unread, move_tag, read_tag_state, require_expected
-from .versions import Outcome, Reservation, Reserver, get_record, list_versions
+from .versions import Outcome, Reservation, Reserver, get_record
 
-__all__ = ["COMMITTED_BYTES_MAX", "Content", "Outcome", "Publication", "list_versions"]
+__all__ = ["COMMITTED_BYTES_MAX", "Content", "Outcome", "Publication"]
 
 COMMITTED_BYTES_MAX: Final = RECORD_BYTES_MAX - (192 << 10)
 """Longest record that is committed, in bytes (832 KiB): it must also fit into a tag, beside the tag's signatures."""

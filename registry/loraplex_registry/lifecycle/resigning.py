@@ -33,7 +33,7 @@ from ..trust.verdict import TrustPolicy, VerifiedManifest
 from ..trust.verifier import Verifier
 from .amend import resign
 from .tagging import find_target, move_tag, read_tag_state, tag_names
-from .versions import get_record, list_versions
+from .versions import get_record, recorded_versions
 
 RESIGNED: Final = "resigned"
 UNCHANGED: Final = "unchanged"
@@ -92,7 +92,7 @@ class Resigner:
         self._require_enforced(ref)
         for tag in tag_names(self._store, ref):
             yield self._try(AdapterRef(ref.tenant, ref.adapter, tag=tag))
-        for version in sorted(list_versions(self._store, ref), key=version_order):
+        for version in sorted(recorded_versions(self._store, ref), key=version_order):
             found = get_record(self._store, ref, version)
             if found is not None and isinstance(found[0], CommittedRecord):
                 yield self._try(AdapterRef(ref.tenant, ref.adapter, version=version))

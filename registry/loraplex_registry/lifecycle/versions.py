@@ -59,7 +59,7 @@ class Outcome:
     created: bool
 
 
-def list_versions(store: Store, ref: AdapterRef) -> list[Version]:
+def recorded_versions(store: Store, ref: AdapterRef) -> list[Version]:
     """Return the versions that have a record, in no particular order; one LIST request per 1000.
 
     Raises:
@@ -157,7 +157,7 @@ class Reserver:
 
     def _look(self) -> Reservation | Outcome | int:
         """Return the newest committed version when it is this content, a take-over, or the first number to try."""
-        versions = sorted(list_versions(self._store, self._ref), key=version_order, reverse=True)
+        versions = sorted(recorded_versions(self._store, self._ref), key=version_order, reverse=True)
         last = max((version for version in versions if isinstance(version, int)), default=0)
         left: tuple[int, Record, str] | None = None
         for version in versions[:CHOICES_MAX]:

@@ -170,7 +170,7 @@ def read_key_file(path: str | Path) -> bytes:
 
 
 def write_new(path: Path, body: bytes, *, mode: int) -> None:
-    """Write a file that must not exist yet, and flush it to the disk.
+    """Write a file that must not exist yet, and flush it and its name to the disk.
 
     Raises:
         SettingsError: it exists, or cannot be written.
@@ -188,6 +188,11 @@ def write_new(path: Path, body: bytes, *, mode: int) -> None:
         file.write(body)
         file.flush()
         os.fsync(file.fileno())
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @functools.lru_cache(maxsize=1024)
