@@ -145,7 +145,11 @@ def test_an_interrupt_says_how_to_go_on(
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    shell = Shell(tmp_path_factory.mktemp("home"), {})
+    return publish_in(tmp_path_factory.mktemp("home"))
+
+
+def publish_in(home: Path) -> Shell:
+    shell = Shell(home, {})
     builders.make_base(shell.home / "base")
     builders.make_adapter(shell.home / "orders")
     shell("init", "--tenant", "acme")
@@ -213,3 +217,18 @@ def test_commands_ask_the_storage_for_no_more_than_they_need(
     monkeypatch.chdir(published.home)
     assert main(line.format(n=os.getpid()).split()) == 0, capsys.readouterr().err
     assert sum(store.requests for store in stores) == REQUESTS[line]
+
+
+def test_a_tag_that_was_put_back_is_not_moved_on_from_there(tmp_path: Path) -> None:
+    published = publish_in(tmp_path)
+    (stored,) = published.home.rglob("tags/prod.json")
+    earlier = stored.read_bytes()
+    published("untag", "orders@prod")
+    published("tag", "orders@1", "prod")
+    published("resolve", "orders@prod")  # seen: a later generation
+    stored.chmod(0o644)
+    stored.write_bytes(earlier)
+    for words in (("tag", "orders@1", "prod"), ("untag", "orders@prod")):
+        assert "ROLLBACK" in published(*words, "--json", code=6)
+    stored.unlink()
+    assert "ROLLBACK" in published("tag", "orders@1", "prod", "--json", code=6)

@@ -53,7 +53,7 @@ def run(session: Session) -> Result:
         f"new key  {private} ({new.keyid[:16]}…) counts from now for {', '.join(done.scopes)}",
         f"old key  {old.keyid[:16]}… counts until {done.old_until:%Y-%m-%d %H:%M} UTC",
         f"policy   {policy} was changed; bring it to every server before you push with the new key",
-        "Next: registry resign",
+        "Next: registry resign; with a revocation list also registry revoke --refresh TENANT, by the new key",
     ]
     if not settings_changed:
         lines.insert(3, f"settings do not name the new key yet; set key = {private!r} or give --key")

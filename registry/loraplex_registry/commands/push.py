@@ -82,6 +82,8 @@ def run(session: Session) -> Result:
     signers = [] if signed is not None and not (session.arguments.tag or ref.tag) else session.signers()
     predicates = pushed_predicates(session)
     expect = session.arguments.expect
+    if tag := session.arguments.tag or ref.tag:
+        session.tag_to_move(ref, tag)
     with session.progress() as bar:
         base = base_for(session, directory, bar)
         done = session.registry().publish(

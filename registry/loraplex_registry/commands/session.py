@@ -14,6 +14,7 @@ from typing import Any, Final, TextIO
 
 from ..encryption.key_providers import KeyRing
 from ..errors import ConflictError, RegistryError, SettingsError, StoreError
+from ..lifecycle.tag_state import TagState, read_tag_state
 from ..lifecycle.tagging import TagMove
 from ..progress import ProgressBar
 from ..refs import AdapterRef
@@ -22,7 +23,7 @@ from ..settings import Settings, load_settings, state_directory
 from ..signing import Signer, load_signer
 from ..storage.root_marker import require_writable
 from ..storage.store import Store, open_store
-from ..trust.marks import FileMarks, marks_directory
+from ..trust.marks import FileMarks, Mark, marks_directory
 from ..trust.verdict import TrustPolicy, VerifiedManifest
 from ..trust.verifier import Verifier
 
@@ -235,6 +236,25 @@ class Session:
     def marks(self, registry: Registry) -> FileMarks:
         """Return what was seen of a registry before, kept in the user's state directory."""
         return FileMarks(marks_directory(state_directory(self.environment), registry.url))
+
+    def tag_to_move(self, ref: AdapterRef, tag: str) -> TagState | None:
+        """Return a tag as stored, None if it never was, unless its statement is older than one seen here.
+
+        Whoever moved such a tag would sign a second statement of a generation that is taken, which readers refuse.
+
+        Raises:
+            RollbackError: somebody put an older statement back, or took the tag away.
+        """
+        registry, state = self.registry(), read_tag_state(self.store(), ref, tag)
+        if not self.settings.policy:
+            return state
+        taggers = self.policy().rule_for(ref.tenant, ref.adapter).tag_rule(tag).taggers or ()
+        statement = None if state is None else state.statement
+        mark = Mark(0, "", ()) if statement is None else Mark(statement.generation, statement.sha256, ())
+        self.marks(registry).seen(ref.tenant).advanced(
+            f"{ref.adapter}@{tag}", mark, utc_now(), {item.key.keyid for item in taggers}
+        )
+        return state
 
     def passphrase(self, path: str | None) -> str | None:
         """Return the first line of a passphrase file, None without one. A passphrase is never an argument."""

@@ -65,6 +65,7 @@ def run(session: Session) -> Result:
     check_tag(given.tag)
     store = session.store()
     ref, target = _target(store, session.ref(given.ref))
+    known = session.tag_to_move(ref, given.tag)
     now = utc_now()
     expires = _expires(given.expires, now)
     signers = session.signers()
@@ -73,7 +74,9 @@ def run(session: Session) -> Result:
         return _written(Path(given.sign_only), envelope)
     _require_enough(session, ref, given.tag, [signer.keyid for signer in signers])
     expect = None if given.expect is None else parse_expect(given.expect)
-    move = move_tag(store, ref, given.tag, target, signers, now=now, expect=expect, expires=expires)
+    move = move_tag(
+        store, ref, given.tag, target, signers, now=now, expect=expect, expires=expires, known=known
+    )
     session.record_move("tag", f"{ref.name}@{given.tag}", move, signers)
     return moved_result(ref, given.tag, move)
 

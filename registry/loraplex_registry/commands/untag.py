@@ -28,6 +28,7 @@ def run(session: Session) -> Result:
     if ref.tag is None:
         raise InvalidReferenceError(f"{ref} names no tag; write {ref.name}@prod.")
     expect = None if session.arguments.expect is None else parse_expect(session.arguments.expect)
+    session.tag_to_move(ref, ref.tag)
     signers = session.signers()
     move = untag(session.store(), ref, ref.tag, signers, now=utc_now(), expect=expect)
     if move is None:
