@@ -27,7 +27,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer, generate_key, load_signer
 from loraplex_registry.storage.local import LocalStore
-from loraplex_registry.storage.store import BlobProgress
+from loraplex_registry.storage.store import BlobProgress, UploadLog
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.validation.base import BaseModel
 
@@ -98,10 +98,11 @@ class LinkingStore(LocalStore):
         file: FileEntry,
         *,
         progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,
     ) -> int:
         """Store the first blob, link the others."""
         if self._first is None:
-            requests = super().put_blob(key, path, file, progress=progress)
+            requests = super().put_blob(key, path, file, progress=progress, upload=upload)
             self._first = self._place / key
             return requests
         target = self._place / key

@@ -4,8 +4,9 @@
 
 It serves what botocore, the AWS command line and obstore need (path-style addresses): GET with Range and If-Match,
 HEAD, PUT with If-None-Match and If-Match, DELETE, LIST version 2 with prefix, delimiter, start-after and pages, and
-uploads in parts. `DIRECTORY/<bucket>/<key>` is the object. Listing costs O(page) however many objects there are: the
-keys lie sorted in memory and a page is found by bisection.
+uploads in parts with the listings of parts and of unfinished uploads (one page each). `DIRECTORY/<bucket>/<key>` is
+the object. Listing costs O(page) however many objects there are: the keys lie sorted in memory and a page is found by
+bisection.
 
 It is a yardstick, not a store: any signature is accepted, checksums sent along are not verified (storage does that on
 its own processors, here it would be taken from the client's), ETags are opaque counters, nothing is synced. It prints
@@ -22,8 +23,9 @@ import re
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -53,6 +55,16 @@ class Meta:
     size: int
     etag: str
     modified_s: float
+
+
+@dataclass(slots=True)
+class Upload:
+    """An unfinished upload: its key, where its parts are, and of each part size and checksum as the client said it."""
+
+    key: str
+    directory: Path
+    started_s: float
+    parts: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
 class RefusedError(Exception):
@@ -187,8 +199,12 @@ class Connection:
         query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         key = unquote(parts.path).lstrip("/")
         bucket, _, name = key.partition("/")
-        if method == "GET" and not name:
+        if method == "GET" and not name and "uploads" in query:
+            self._list_uploads(bucket, query)
+        elif method == "GET" and not name:
             self._list(bucket, query)
+        elif method == "GET" and "uploadId" in query:
+            self._list_parts(query["uploadId"])
         elif method in {"GET", "HEAD"}:
             self._get(key, headers, send_body=method == "GET")
         elif method == "PUT" and not name:
@@ -206,7 +222,7 @@ class Connection:
         elif method == "POST" and "uploads" in query:
             self._discard(headers)
             self._send_xml(
-                "InitiateMultipartUploadResult", f"<UploadId>{self._server.begin_upload()}</UploadId>"
+                "InitiateMultipartUploadResult", f"<UploadId>{self._server.begin_upload(key)}</UploadId>"
             )
         elif method == "POST" and "uploadId" in query:
             self._complete(key, query["uploadId"], headers)
@@ -271,16 +287,35 @@ class Connection:
         self._send_xml("ListBucketResult", "".join(body))
 
     def _put_part(self, query: dict[str, str], headers: dict[str, str]) -> None:
-        directory = self._server.upload(query["uploadId"])
-        part = directory / f"{int(query['partNumber']):05}"
+        upload, number = self._server.upload(query["uploadId"]), int(query["partNumber"])
+        part = upload.directory / f"{number:05}"
         os.rename(self._receive(headers), part)
+        upload.parts[number] = (part.stat().st_size, headers.get("x-amz-checksum-sha256", ""))
         self._send(200, {"ETag": f'"{part.name}"'})
+
+    def _list_parts(self, name: str) -> None:
+        body = [
+            f'<Part><PartNumber>{number}</PartNumber><ETag>"{number:05}"</ETag><Size>{size}</Size>'
+            + (f"<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>" if checksum else "")
+            + "</Part>"
+            for number, (size, checksum) in sorted(self._server.upload(name).parts.items())
+        ]
+        self._send_xml("ListPartsResult", "".join(body) + "<IsTruncated>false</IsTruncated>")
+
+    def _list_uploads(self, bucket: str, query: dict[str, str]) -> None:
+        prefix, cut = f"{bucket}/{query.get('prefix', '')}", len(bucket) + 1
+        body = [
+            f"<Upload><Key>{escape(upload.key[cut:])}</Key><UploadId>{name}</UploadId>"
+            f"<Initiated>{time.strftime('%Y-%m-%dT%H:%M:%S.000Z', time.gmtime(upload.started_s))}</Initiated></Upload>"
+            for name, upload in self._server.uploads()
+            if upload.key.startswith(prefix)
+        ]
+        self._send_xml("ListMultipartUploadsResult", "".join(body) + "<IsTruncated>false</IsTruncated>")
 
     def _complete(self, key: str, upload: str, headers: dict[str, str]) -> None:
         """Join the parts by appending to the first."""
         self._discard(headers)
-        directory = self._server.upload(upload)
-        first, *others = sorted(directory.iterdir())
+        first, *others = sorted(self._server.upload(upload).directory.iterdir())
         with first.open("r+b") as sink:
             sink.seek(0, os.SEEK_END)
             for part in others:
@@ -386,7 +421,7 @@ class Server:
     def __init__(self, root: Path, port: int = 0) -> None:
         self.objects = Objects(root)
         self.requests: dict[str, int] = {}
-        self._uploads: dict[str, Path] = {}
+        self._uploads: dict[str, Upload] = {}
         self._socket = socket.create_server(("127.0.0.1", port), backlog=256)
 
     @property
@@ -398,22 +433,26 @@ class Server:
         """Add a request to the tally."""
         self.requests[method] = self.requests.get(method, 0) + 1
 
-    def begin_upload(self) -> str:
+    def begin_upload(self, key: str) -> str:
         """Start an upload in parts and return its id."""
         directory = self.objects.incoming()
         directory.mkdir()
-        self._uploads[directory.name] = directory
+        self._uploads[directory.name] = Upload(key, directory, time.time())
         return directory.name
 
-    def upload(self, name: str) -> Path:
-        """Return the directory of an upload's parts, or refuse with 404."""
+    def uploads(self) -> list[tuple[str, Upload]]:
+        """Return the unfinished uploads with their ids, by key."""
+        return sorted(self._uploads.items(), key=lambda item: (item[1].key, item[0]))
+
+    def upload(self, name: str) -> Upload:
+        """Return an unfinished upload, or refuse with 404."""
         if name not in self._uploads:
             raise RefusedError(404, "NoSuchUpload")
         return self._uploads[name]
 
     def end_upload(self, name: str) -> None:
         """Forget an upload and its parts."""
-        directory = self.upload(name)
+        directory = self.upload(name).directory
         for part in directory.iterdir():
             part.unlink()
         directory.rmdir()

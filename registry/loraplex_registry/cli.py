@@ -10,12 +10,14 @@ Nothing heavy is imported before a command runs, so `registry --version` answers
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from . import output
 from .commands.options import common_options
 from .errors import RegistryError
 
@@ -87,7 +89,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UsageFault(self.format_usage(), message)
+        hint = "" if message.endswith((".", "?")) else f"; see {self.prog} --help."
+        raise UsageFault(self.format_usage(), message + hint)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Report a command or an action that is not known in one sentence instead of a list of all."""
@@ -103,12 +106,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that cannot show a character must not end the program
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    output.prepare()
     as_json = "--json" in words or "--jsonl" in words
     try:
         arguments = _parse(words)
@@ -128,8 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = "interrupted; run the same command again to complete it."
         return _fail(130, "INTERRUPTED", message, as_json=as_json, retryable=True)
     except BrokenPipeError:  # `registry ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.drop()
         return 0
+    except output.OutputFault as fault:
+        output.drop()
+        message = f"The answer cannot be written ({fault}); make room and run the command again."
+        return _fail(7, "STORE_UNAVAILABLE", message, as_json=False)
     except Exception as error:  # the boundary: whatever is left is a fault of ours
         if os.environ.get("LORAPLEX_TRACEBACK"):
             raise
@@ -174,34 +176,42 @@ def _run(arguments: argparse.Namespace) -> int:
     session = Session.begin(arguments, os.environ, sys.stderr)
     answer: Answer = _module(arguments.command).run(session)
     form = next((form for form in ("jsonl", "json", "quiet") if getattr(arguments, form, False)), "text")
+    out = output.plain(sys.stdout)
     if not isinstance(answer, tuple):
-        return answer.write(sys.stdout, form=form)
+        return answer.write(out, form=form)
     value, lines = answer
     if form == "json":
         _print_json(value)
     elif form == "text":
         _print_lines(lines)
-    sys.stdout.flush()
+    out.flush()
     return 0
 
 
 def _print_json(value: object) -> None:
     import json
 
-    print(json.dumps(value))
+    print(json.dumps(value), file=output.plain(sys.stdout))
 
 
 def _print_lines(lines: Iterable[str]) -> None:
+    out = output.plain(sys.stdout)
     for line in lines:
-        print(line)
+        print(line, file=out)
 
 
 def _fail(exit_code: int, code: str, message: str, *, as_json: bool, retryable: bool = False) -> int:
     """Report a failure in the form that was asked for; return the exit code."""
     if as_json:
-        _print_json({"error": {"code": code, "message": message, "retryable": retryable}})
-    else:
-        print(f"registry: {message}", file=sys.stderr)
+        try:
+            _print_json({"error": {"code": code, "message": message, "retryable": retryable}})
+            sys.stdout.flush()
+        except (OSError, output.OutputFault):
+            output.drop()
+        else:
+            return exit_code
+    with contextlib.suppress(OSError, output.OutputFault):  # nobody listens
+        print(f"registry: {message}", file=output.plain(sys.stderr))
     return exit_code
 
 

@@ -29,21 +29,25 @@ from .format.manifest import check_annotations
 from .format.record import (
     RECORD_BYTES_MAX,
     CommittedRecord,
+    DeletedRecord,
     Record,
     check_attestations,
     read_record,
 )
 from .format.tags import TagObject, read_tag
-from .lifecycle.content import Sealer, Signed
+from .lifecycle.amend import attach_missing
+from .lifecycle.content import Sealer, Signed, Statement
 from .lifecycle.listing import (
     ListedVersion,
     in_parallel,
     list_adapters,
     list_tenants,
     list_versions,
+    not_found,
     version_names,
 )
 from .lifecycle.publish import Content, Publication
+from .lifecycle.resuming import Resumables
 from .lifecycle.tag_state import tag_names
 from .refs import AdapterRef, Version
 from .signing import Signer
@@ -80,6 +84,8 @@ class Published:
         tag_generation: the tag's generation now, None without tag.
         tag: the tag asked for, if any.
         tag_moved: False when there was none, or it pointed here already.
+        encrypted: whether the version is stored encrypted.
+        attested: predicate types of the statements that this call attached.
     """
 
     ref: AdapterRef
@@ -92,6 +98,8 @@ class Published:
     tag: str | None
     tag_moved: bool
     tag_generation: int | None
+    encrypted: bool = False
+    attested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +175,11 @@ class Registry:
         expires: str = "",
         annotations: Mapping[str, str] | None = None,
         attest: Sequence[dict[str, Any]] = (),
+        statements: Sequence[Statement] = (),
         signed: Signed | None = None,
         sealer: Sealer | None = None,
+        resumables: Resumables | None = None,
+        allow_tag: Callable[[AdapterRef, CommittedRecord], None] | None = None,
         progress: Progress | None = None,
     ) -> Published:
         """Check, sign and commit an adapter directory; then move a tag to it when asked.
@@ -188,8 +199,11 @@ class Registry:
             expires: UTC time from which the tag's statement is not believed any more, "" for never.
             annotations: names and texts to sign with it; see `manifest.check_annotations`.
             attest: signed statements to attach.
+            statements: more, signed in this call; on the version before the tag moves, also when it was there.
             signed: manifest and bundle made elsewhere; `signer` then signs the tag alone and may be empty.
             sealer: encrypts what is stored; default the registry's keys, if it has any.
+            resumables: with it, an interrupted upload of a long file is gone on with by the next call.
+            allow_tag: called with the version before the tag is moved to it; raises to leave the tag alone.
             progress: phases "check" and "upload".
 
         Raises:
@@ -212,19 +226,26 @@ class Registry:
             base.to_json(),
             annotations=checked_annotations(annotations or {}),
             attest=checked_attestations(attest),
+            statements=tuple(statements),
             signed=signed,
         )
-        self.require_writable()
         self.require_writable()
         store = CountingStore(self._store)
         if sealer is None and self._keys:
             sealer = RingSealer(self._keys)
-        publication = Publication(store, name, content, signers, self._clock(), sealer=sealer)
+        publication = Publication(
+            store, name, content, signers, self._clock(), sealer=sealer, resumables=resumables
+        )
         if tag is not None:
             publication.look_at_tag(tag, expect)
         outcome = publication.run(version=version, progress=progress)
+        attested = tuple(statement.predicate_type for statement in statements)
+        if statements and not outcome.created:
+            outcome, attested = attach_missing(store, name, outcome, statements)
         move = None
         if tag is not None:
+            if allow_tag is not None:
+                allow_tag(AdapterRef(ref.tenant, ref.adapter, version=outcome.version), outcome.record)
             move = publication.move_tag(tag, outcome, expect=expect, expires=expires)
         return Published(
             ref=AdapterRef(ref.tenant, ref.adapter, digest=outcome.record.digest),
@@ -237,6 +258,8 @@ class Registry:
             tag=tag,
             tag_moved=move is not None and move.moved,
             tag_generation=None if move is None else move.statement.generation,
+            encrypted=outcome.record.encryption is not None,
+            attested=attested,
         )
 
     def resolve(self, ref: AdapterRef) -> Resolved:
@@ -254,12 +277,13 @@ class Registry:
         versions = [ref.version] if ref.version is not None else version_names(self._store, ref)
         # By digest every record may have to be read; else the first committed one ends the search.
         each = in_parallel if ref.digest is not None else map
+        gone: Record | None = None
         for version, record in each(lambda version: (version, self._record(ref, version)), versions):
             if isinstance(record, CommittedRecord) and ref.digest in (None, record.digest):
                 return Resolved(ref, version, record.digest, record)
-        raise AdapterNotFoundError(
-            f"{ref} is not in {self._store.url}; `registry ls {ref.name}` shows what is."
-        )
+            if ref.version is not None or _was(record, ref.digest):
+                gone = record
+        raise not_found(self._store.url, ref, gone)
 
     def verify(
         self,
@@ -437,9 +461,7 @@ class Registry:
         try:
             item = self._store.get(layout.tag_key(ref, ref.tag), limit_bytes=RECORD_BYTES_MAX)
         except KeyAbsentError as error:
-            raise AdapterNotFoundError(
-                f"{ref} is not in {self._store.url}; `registry ls {ref.name}` shows what is."
-            ) from error
+            raise not_found(self._store.url, ref) from error
         tag = read_tag(item.body, where=str(ref))
         if tag.record is None or tag.statement.version is None:
             raise AdapterNotFoundError(f"{ref} was removed; `registry log {ref}` shows when.", removed=tag)
@@ -451,6 +473,11 @@ class Registry:
         except KeyAbsentError:
             return None
         return read_record(item.body, version=version, where=f"{ref.name}@{version}")
+
+
+def _was(record: Record | None, digest: str | None) -> bool:
+    """Say whether a version that is deleted had this digest."""
+    return isinstance(record, DeletedRecord) and digest == f"sha256:{record.manifest_sha256}"
 
 
 def checked_annotations(value: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

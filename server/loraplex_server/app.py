@@ -232,14 +232,11 @@ class App:
                 settings.url,
                 endpoint_url=settings.endpoint_url or None,
                 region=settings.region or None,
+                options=settings.s3,
             )
         except RegistryError as error:
             raise ConfigError(f"registry.url: {error}") from error
-        try:
-            keys = KeyRing.parse(settings.encryption_key)
-        except RegistryError as error:
-            raise ConfigError(f"registry.encryption_key: {error}") from error
-        return Registry(store, keys=keys)
+        return Registry(store, keys=KeyRing.parse(settings.encryption_key))
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from loraplex_registry.delivery.cache import CACHE_BYTES_MAX
-from loraplex_registry.encryption.key_providers import anchored_addresses
+from loraplex_registry.encryption.key_providers import KeyRing, anchored_addresses
+from loraplex_registry.errors import SettingsError
 from loraplex_registry.settings import state_directory
+from loraplex_registry.storage.s3_options import READING, S3Options, read_options
 from loraplex_server.errors import ConfigError
 
 HANDOFFS = ("sealed", "directory")
@@ -85,6 +87,7 @@ class RegistrySettings:
     revocations_ttl_s: float = 30.0  # a longer revocation list is seen after at most this
     state_dir: str = ""  # remembers the newest tags and lists seen; default in $XDG_STATE_HOME
     encryption_key: str = ""  # keys that unwrap encrypted versions: file:, awskms:, vault:
+    s3: S3Options = field(default_factory=S3Options)  # [registry.s3]: checksums, timeout_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +167,19 @@ def parse_config(document: Mapping[str, Any], *, origin: Path) -> Config:
         sections[name] = _section(kind, values, name=name, origin=origin)
     config = Config(**sections)
     _check(config, origin)
-    return _anchored(config, origin.parent)
+    config = _anchored(config, origin.parent)
+    try:
+        KeyRing.parse(config.registry.encryption_key)
+    except SettingsError as error:
+        raise ConfigError(f"{origin}: registry.encryption_key: {error.message}") from error
+    return config
 
 
 def _section(kind: type, values: Mapping[str, Any], *, name: str, origin: Path) -> Any:
     hints = get_type_hints(kind)
     _refuse_unknown(values, known=hints, where=name, origin=origin)
     for item in fields(kind):
-        if item.name not in values and item.default is MISSING:
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"{origin}: {name}.{item.name} is required")
     checked = {
         key: _typed(value, hints[key], key=f"{name}.{key}", origin=origin) for key, value in values.items()
@@ -188,11 +196,23 @@ def _refuse_unknown(values: Mapping[str, Any], *, known: Mapping[str, Any], wher
 
 
 def _typed(value: Any, kind: type, *, key: str, origin: Path) -> Any:
+    if kind is S3Options:
+        return _s3_options(value, where=f"{origin}: {key}")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise ConfigError(f"{origin}: {key} must be {kind.__name__}, not {type(value).__name__} ({value!r})")
     return value
+
+
+def _s3_options(value: Any, *, where: str) -> S3Options:
+    """Read [registry.s3]. A server writes nothing, so what asks for something with every write is refused."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a section")
+    try:
+        return read_options(value, where=where, known=READING)
+    except SettingsError as error:
+        raise ConfigError(error.message) from error
 
 
 def _check(config: Config, origin: Path) -> None:

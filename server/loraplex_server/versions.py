@@ -8,6 +8,7 @@ stay in a cache that other servers share. The registry library is synchronous: i
 """
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.delivery.handoff import Handoff, hand_off
-from loraplex_registry.errors import StoreUnavailableError
+from loraplex_registry.errors import PolicyRefusedError, SettingsError, StoreUnavailableError
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, StagedAdapter
 from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
@@ -25,6 +26,7 @@ from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
 
 CACHED_NAMES_MAX = 10_000
+_log = logging.getLogger(__name__)
 
 # Called with a phase ("resolve", "verify", "fetch", "check") and the bytes done and expected so far.
 Progress = Callable[[str, int, int], None]
@@ -148,6 +150,7 @@ class Versions:
 
         Raises:
             RegistryError: the bytes are not the signed ones, do not fit the base, or the store failed.
+            PolicyRefusedError: they are encrypted, and the server has no key that opens them.
         """
         fetch = self._left_behind.pop(version.digest, None)
         if fetch is None:
@@ -163,17 +166,25 @@ class Versions:
 
     async def _fetch(self, version: AdapterVersion, progress: Progress) -> Handoff:
         async with self._fetches:
-            return await asyncio.to_thread(
-                hand_off,
-                self._registry,
-                version.verified,
-                self._cache,
-                base=self._base,
-                limits=self._limits,
-                sealed=self._sealed,
-                progress=progress,
-                deadline_s=self._fetch_s_max,  # so that a store that drips does not hold a thread for ever
-            )
+            try:
+                return await asyncio.to_thread(
+                    hand_off,
+                    self._registry,
+                    version.verified,
+                    self._cache,
+                    base=self._base,
+                    limits=self._limits,
+                    sealed=self._sealed,
+                    progress=progress,
+                    deadline_s=self._fetch_s_max,  # so that a store that drips does not hold a thread for ever
+                )
+            except SettingsError as error:
+                # An encryption key of the server's that is absent or cannot be used: the operator learns which.
+                _log.error("%s cannot be opened: %s", version.name, error)
+                raise PolicyRefusedError(
+                    f"This server has no usable key that opens {version.name}; its operator must set "
+                    "registry.encryption_key."
+                ) from error
 
     def _clear_up(self, digest: str, fetch: "asyncio.Task[Handoff]") -> None:
         if self._left_behind.get(digest) is not fetch:

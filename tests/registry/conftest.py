@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_examples import s3_server
+from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.storage.root_marker import examine
@@ -16,6 +17,8 @@ from loraplex_registry.storage.store import Store, open_store
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.validation.base import BaseModel
 from tests.registry import builders
+from tests.registry.lab import Lab
+from tests.registry.shell import Shell
 from tests.sim import s3_proxy
 from tests.sim.s3_proxy import S3Proxy
 
@@ -156,6 +159,27 @@ def ready(store: Store) -> None:
     """Let a bucket be written to after a probe that is shorter than the product's."""
     if store.url.startswith("s3:"):
         examine(store, now=NOW, writers=2, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A laboratory of this module's own, since its clock may be moved on."""
+    return Lab.build(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def two(lab: Lab) -> Store:
+    """Versions 1 and 2 of acme/orders; prod is at 1."""
+    store, orders = open_store("memory:"), AdapterRef.parse("acme/orders")
+    lab.push(store, orders, 0, tag="prod")
+    lab.push(store, orders, 1)
+    return store
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """The command, in a home where tenant acme has a registry."""
+    return Shell.acme(tmp_path / "home")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex_registry.errors import StoreUnavailableError
 from loraplex_registry.storage.store import Piece, Store
-from tests.registry.flaky_store import FlakyStore
+from tests.registry.flaky_store import FaultyStore
 
 PIECE_BYTES = 1 << 20
 WAYS = (
@@ -21,13 +21,12 @@ WAYS = (
 )
 
 
-class LyingStore(FlakyStore):
+class LyingStore(FaultyStore):
     """Answers every range in the way `how` says and counts the bytes it gave; metadata is told truly."""
 
     def __init__(self, store: Store, how: str) -> None:
         super().__init__(store)
         self._how = how
-        self._honest = store
         self.given_bytes = 0
         self.asked_bytes = 0
         self.pieces = 0
@@ -40,7 +39,7 @@ class LyingStore(FlakyStore):
             yield piece
 
     def _pieces(self, key: str, start: int, length: int, size_bytes: int) -> Iterator[Piece]:
-        honest: Any = self._honest.read_range(key, start=start, length=length, size_bytes=size_bytes)
+        honest: Any = self.store.read_range(key, start=start, length=length, size_bytes=size_bytes)
         if self._how == "endless nothing":
             while True:
                 yield b""

@@ -98,6 +98,47 @@ def campaign(
     return total
 
 
+UNCLEAR = frozenset(
+    {
+        s3_proxy.LOST_REQUEST,
+        s3_proxy.LOST_REPLY,
+        s3_proxy.RESET,
+        s3_proxy.TRUNCATED,
+        s3_proxy.ERROR_500,
+        s3_proxy.ERROR_500_APPLIED,
+        s3_proxy.ERROR_503,
+    }
+)
+"""Faults after which a client cannot know whether its write took place."""
+
+
+def wrong_repetitions(requests: list[Request]) -> list[str]:
+    """Return what is wrong about the requests of one operation: nothing after a refusal, no write after a 412.
+
+    One request after a 403 is right: reading back what an earlier write of the same operation may have done. When the
+    reply to a conditional PUT was lost, the object not found, and the second PUT refused, the first may still have
+    arrived meanwhile; "refused" would then be a false answer, and only a GET of that object can tell. It writes
+    nothing, and if it is refused as well nothing may follow. A PUT after a 403 is wrong whatever came before.
+    """
+    found = []
+    for index, one in enumerate(requests):
+        later = requests[index + 1 :]
+        if one.status == 403 and any(not _reads_back(other, one, requests[:index]) for other in later):
+            found.append(f"a refused {one.method} was followed by {[other.method for other in later]}")
+        if one.status == 412 and any(other.method == "PUT" for other in later):
+            found.append("a write was sent again after a 412")
+    return found
+
+
+def _reads_back(request: Request, refused: Request, earlier: list[Request]) -> bool:
+    """Say whether `request` clears up a conditional write that went out before the same write was `refused`."""
+    return (
+        (request.method, request.path) == ("GET", refused.path)
+        and refused.conditional
+        and any(one.conditional and one.path == refused.path and one.fault in UNCLEAR for one in earlier)
+    )
+
+
 class _WrongError(Exception):
     """An answer that the model does not allow."""
 
@@ -172,17 +213,12 @@ class _Worker:
             self.tally.wrong.append(f"{name} refused without reason: {error}")
 
     def _judge_requests(self, name: str, requests: list[Request]) -> None:
-        """At most ATTEMPTS_MAX equal requests in a row; nothing after a 403; no second write after a 412."""
+        """At most ATTEMPTS_MAX equal requests in a row, and nothing sent again that must not be."""
         runs = itertools.groupby(requests, key=lambda one: (one.method, one.target))
         attempts = max((len(list(run)) for _, run in runs), default=0)
         writes = sum(one.conditional for one in requests)
         self.tally.attempts_max = max(self.tally.attempts_max, attempts, writes)
-        for index, one in enumerate(requests):
-            later = requests[index + 1 :]
-            if one.status == 403 and later:
-                self.tally.wrong.append(f"{name}: a refused {one.method} was sent again")
-            if one.status == 412 and any(other.method == "PUT" for other in later):
-                self.tally.wrong.append(f"{name}: a write was sent again after a 412")
+        self.tally.wrong += [f"{name}: {complaint}" for complaint in wrong_repetitions(requests)]
 
     def _create(self) -> None:
         key, body = self._key(), self._body()

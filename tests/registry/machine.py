@@ -20,8 +20,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.storage.memory import MemoryStore
 from loraplex_registry.storage.store import Store, open_store
-from tests.registry.chaos import ChaosStore
-from tests.registry.flaky_store import CrashError
+from tests.registry.flaky_store import ChaosStore, CrashError
 from tests.registry.lab import CONTENTS, NOW, Lab
 from tests.registry.model import Adapter, Model
 

@@ -179,7 +179,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "drop an fsync",
-        "storage/local.py",
+        "storage/local_files.py",
         "            self._disk.sync(descriptor)\n            yield path",
         "            yield path",
         "test_power_cut.py",

@@ -29,8 +29,7 @@ from loraplex_registry.lifecycle.delete import Deletion
 from loraplex_registry.lifecycle.history import tag_history
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.storage.memory import MemoryStore
-from tests.registry.chaos import ChaosStore
-from tests.registry.flaky_store import WRITES, CrashError
+from tests.registry.flaky_store import CrashError, FaultyStore
 from tests.registry.lab import CONTENTS, NOW, Lab
 
 ORDERS = AdapterRef.parse("acme/orders")
@@ -47,7 +46,7 @@ class Actor(threading.Thread):
         self._work = work
         self._world = world
         self.turn = threading.Semaphore(0)
-        self.fate = "live"
+        self.fate = ""
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = False
@@ -73,25 +72,15 @@ class Actor(threading.Thread):
         return isinstance(self.error, CrashError | StoreUnavailableError)
 
 
-class BatonStore(ChaosStore):
+class BatonStore(FaultyStore):
     """The store as an actor sees it."""
 
     def __init__(self, store: MemoryStore, actor: Actor) -> None:
-        super().__init__(store, random.Random(0))
+        super().__init__(store)
         self._actor = actor
 
-    def _call(self, name: str, *args: Any, **options: Any) -> Any:
-        if self.dead:
-            raise CrashError
-        fate = self._actor.pause()
-        if fate in {"die after", "lose reply"}:
-            self._silently(name, *args, **options)
-        if fate.startswith("die"):
-            self.dead = True
-            raise CrashError
-        if fate.startswith("lose"):
-            raise StoreUnavailableError("lost", ambiguous=name in WRITES)
-        return self._do(name, *args, **options)
+    def fate(self, name: str) -> str:
+        return self._actor.pause()
 
 
 @dataclass
@@ -179,8 +168,8 @@ class World:
 
     def _fate(self, rng: random.Random) -> str:
         if not self.faults or rng.random() > 0.03:
-            return "live"
-        return rng.choice(["die before", "die after", "lose request", "lose reply"])
+            return ""
+        return rng.choice(["crash before", "crash after", "lost request", "lost reply"])
 
     # --- the invariants
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from loraplex_registry.encryption.data_keys import (
     ALGORITHM,
     DataKey,
-    check_demand,
     new_data_key,
     open_data_key,
 )
@@ -52,8 +51,8 @@ class SealedVersion:
 
         The digests are not compared, as every real reader does on top: encryption must refuse by itself.
         """
-        check_demand(self.envelope, "required", what=str(self.context))
-        assert self.envelope is not None
+        if self.envelope is None:
+            raise PolicyRefusedError(f"{self.context} is not encrypted.")
         key = open_data_key(ring, self.envelope, self.context)
         bodies = {}
         for name, file in self.files.items():

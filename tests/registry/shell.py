@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ class Shell:
 
     home: Path
     extra: dict[str, str]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def acme(cls, home: Path) -> "Shell":
+        """Make a home and a registry of tenant acme in it; `made` is what `registry init` said."""
+        home.mkdir()
+        shell = cls(home, {})
+        shell.made = shell.json("init", "--tenant", "acme")
+        return shell
 
     @property
     def environment(self) -> dict[str, str]:

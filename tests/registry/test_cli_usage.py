@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from loraplex_registry import cli
+from loraplex_registry import cli, configured
 from loraplex_registry.cli import COMMANDS, command_parser, main
-from loraplex_registry.commands import session as sessions
 from loraplex_registry.completions import syntax_of
 from loraplex_registry.storage.store import CountingStore
 from tests.registry import builders
@@ -191,8 +190,8 @@ REQUESTS = {
     "ls acme": 1,
     "ls acme/orders": 4,
     "pull orders@prod out-{n}": 3,
-    "tag orders@1 prod": 3,  # one of them the root's marker, which every command that writes reads
-    "log orders@prod": 1,
+    "tag orders@1 prod": 4,  # with the root's marker, which every command that writes reads, and the revocation list
+    "log orders@prod": 2,
     "completion bash": 0,
     "policy check": 0,
 }
@@ -208,8 +207,8 @@ def test_commands_ask_the_storage_for_no_more_than_they_need(
         stores.append(CountingStore(real(*arguments, **options)))
         return stores[-1]
 
-    real = sessions.open_store
-    monkeypatch.setattr(sessions, "open_store", counted)
+    real = configured.open_store
+    monkeypatch.setattr(configured, "open_store", counted)
     for name in list(os.environ):
         if name.startswith(("XDG_", "LORAPLEX_")):
             monkeypatch.delenv(name)

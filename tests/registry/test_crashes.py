@@ -11,11 +11,6 @@ from tests.registry.crashes import MEND, SCENARIOS, Scenario
 from tests.registry.lab import NOW, Lab
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.build(tmp_path_factory.mktemp("lab"))
-
-
 def in_memory() -> Store:
     return MemoryStore(clock=lambda: NOW.timestamp())
 

@@ -1,7 +1,5 @@
 """Deleting: refused while a tag points there, fenced against taggers, completed after a crash, and for good."""
 
-from pathlib import Path
-
 import pytest
 
 from loraplex_registry.errors import (
@@ -20,25 +18,11 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.storage.memory import MemoryStore
 from loraplex_registry.storage.store import Store
-from tests.registry.flaky_store import FlakyStore
+from tests.registry.flaky_store import FlakyStore, Meanwhile
 from tests.registry.lab import Lab
 from tests.registry.shell import Shell
 
 ORDERS = AdapterRef.parse("acme/orders")
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.build(tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture
-def two(lab: Lab) -> Store:
-    """Versions 1 and 2; prod is at 1."""
-    store = MemoryStore()
-    lab.push(store, ORDERS, 0, tag="prod")
-    lab.push(store, ORDERS, 1)
-    return store
 
 
 def state(store: Store, version: int) -> str:
@@ -144,12 +128,8 @@ def test_while_it_is_being_deleted_a_version_cannot_be_read_and_anybody_may_fini
 
 
 def test_two_who_delete_at_once_both_succeed_and_none_undoes_the_other(two: Store, lab: Lab) -> None:
-    class Second(FlakyStore):
-        def children(self, prefix: str, *, after: str = "") -> object:  # type: ignore[override]
-            lab.delete(two, ORDERS, 2)
-            return super().children(prefix, after=after)
-
-    assert lab.delete(Second(two), ORDERS, 2).deleted
+    second = Meanwhile(two, "children", [lambda: lab.delete(two, ORDERS, 2)])
+    assert lab.delete(second, ORDERS, 2).deleted
     assert state(two, 2) == "deleted"
 
 
@@ -186,10 +166,7 @@ def test_a_lost_reply_at_any_write_ends_well(lab: Lab) -> None:
             assert isinstance(record[0], DeletedRecord), (how, at)
 
 
-def test_the_command_deletes_and_says_so(tmp_path: Path, lab: Lab) -> None:
-    (tmp_path / "home").mkdir()
-    shell = Shell(tmp_path / "home", {})
-    shell("init", "--tenant", "acme")
+def test_the_command_deletes_and_says_so(shell: Shell, lab: Lab) -> None:
     shell("push", lab.pulled(0), "orders", "--tag", "prod")
     assert "--force" in shell("rm", "orders@1", code=4)
     done = shell.json("rm", "orders@1", "--force", "--reason", "a mistake")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 
 from loraplex_registry.delivery.download import (
     CHUNK_TRIES_MAX,
+    CHUNKS_IN_FLIGHT,
+    FAR_S,
     TAIL_BYTES,
+    default_threads,
     download,
     download_in_order,
     in_order,
@@ -126,6 +130,30 @@ def test_an_absent_blob_ends_the_download_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyAbsentError):
         download(read, entry_of("f", bytes(20 * CHUNK_BYTES)), None, what="f", threads=2)
     assert len(asked) <= 2
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_more_chunks_are_asked_for_at_once_when_the_storage_is_far(far: bool, tmp_path: Path) -> None:
+    body = bytes(12 * CHUNK_BYTES)
+    blob, together = Blob(body, piece_bytes=CHUNK_BYTES), [0]
+    under_way, lock = [0], threading.Lock()
+
+    def read(start: int, length: int) -> Iterator[memoryview]:
+        with lock:
+            under_way[0] += 1
+            together[0] = max(together[0], under_way[0])
+        time.sleep(4 * FAR_S if far else 0)
+        try:
+            yield from blob.read(start, length)
+        finally:
+            with lock:
+                under_way[0] -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not far:  # a busy machine must not look like a far storage
+            patch.setattr("loraplex_registry.delivery.download.FAR_S", 60.0)
+        download(read, entry_of("f", body), None, what="f")
+    assert (together[0] == CHUNKS_IN_FLIGHT) if far else (together[0] <= default_threads())
 
 
 def test_a_file_is_matched_by_its_bytes(tmp_path: Path) -> None:

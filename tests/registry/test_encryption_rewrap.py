@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime as dt
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,14 @@ from loraplex_registry.format import layout
 from loraplex_registry.format.record import RECORD_BYTES_MAX, CommittedRecord, read_record
 from loraplex_registry.format.tags import read_tag
 from loraplex_registry.lifecycle.audit import AuditLog
+from loraplex_registry.lifecycle.versions import get_record
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.storage.store import Store
+from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.weights import WEIGHTS_NAME
 from tests.registry import builders
 from tests.registry.conftest import ready
 
@@ -112,7 +116,7 @@ def test_an_encrypted_push_leaves_no_plaintext_in_the_store(store: Store, keks: 
         manifest = record.manifest_unverified().file(file.name)
         if file.inline is not None:
             assert b"adapter" not in file.inline
-            assert len(key.open_inline(file.inline, manifest)) == file.size
+            assert len(b"".join(key.decrypting([file.inline], manifest))) == file.size
             continue
         blob = next(iter(store.blobs(layout.blobs_prefix(REF))))
         body = b"".join(
@@ -160,6 +164,85 @@ def test_a_tag_left_stale_by_a_crash_is_renewed_by_the_same_command(
     done = rewrap_version(store, REF, ring, to)
     assert done is not None
     assert (done.outcome, done.tags) == ("already", ("prod",))
+
+
+@pytest.fixture
+def stale(
+    store: Store, keks: Path, push: Push, policy: TrustPolicy, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., bytes]:
+    """Reads a file by a tag whose copy of the record still names the old key, with the keys of these names.
+
+    The rewrap died before it renewed the tag; `meanwhile` changes the version's own record then.
+    """
+    push(REF, f"file:{keks}/old.kek", tag="prod")
+    with monkeypatch.context() as patch:
+        patch.setattr("loraplex_registry.encryption.rewrap.refresh_copies", lambda *_: [])
+        to = provider_from(f"file:{keks}/new.kek", tenant="acme")
+        rewrap_version(store, REF, KeyRing([f"file:{keks}/old.kek"]), to)
+
+    def read(
+        *names: str, name: str = WEIGHTS_NAME, meanwhile: Callable[[CommittedRecord], Any] | None = None
+    ) -> bytes:
+        if meanwhile is not None:
+            item = store.get(layout.version_key(REF, 1), limit_bytes=RECORD_BYTES_MAX)
+            changed = meanwhile(record_of(store, REF))
+            store.swap(layout.version_key(REF, 1), changed.to_bytes(), etag=item.etag)
+        registry = Registry(
+            store, clock=lambda: NOW, keys=KeyRing([f"file:{keks}/{key}.kek" for key in names])
+        )
+        verified = registry.verify(registry.resolve(AdapterRef.parse("acme/orders@prod")), policy)
+        assert verified.record.encryption != record_of(store, REF).encryption
+        return registry.read_file(verified, name)
+
+    return read
+
+
+@pytest.mark.parametrize("names", [("new",), ("lost", "new")], ids=" ".join)
+def test_a_stale_tag_is_read_with_the_new_key_alone(names: tuple[str, ...], stale: Any, store: Store) -> None:
+    for file in record_of(store, REF).manifest_unverified().files:
+        body = stale(*names, name=file.name)
+        assert (len(body), hashlib.sha256(body).hexdigest()) == (file.size, file.sha256)
+
+
+def test_a_record_that_a_stale_tag_leads_to_must_be_encrypted_and_of_the_same_manifest(
+    stale: Any, store: Store, keks: Path, push: Push
+) -> None:
+    def in_clear(record: CommittedRecord) -> CommittedRecord:
+        assert record.encryption is not None
+        context = KeyContext.of(REF, 1, record.pid)
+        key = open_data_key(KeyRing([f"file:{keks}/new.kek"]), record.encryption, context)
+        manifest = record.manifest_unverified()
+        files = [
+            file
+            if file.inline is None
+            else dataclasses.replace(
+                file, inline=b"".join(key.decrypting([file.inline], manifest.file(file.name)))
+            )
+            for file in record.files
+        ]
+        return record.revised(encryption=None, files=tuple(files))
+
+    record, other = record_of(store, REF), push(AdapterRef("acme", "orders", version=2), None, seed=1)
+    forged = dataclasses.replace(record, manifest_bytes=other.manifest_bytes, bundle=other.bundle)
+    for meanwhile in (in_clear, lambda _: forged):
+        with pytest.raises(PolicyRefusedError, match="not among the configured ones"):
+            stale("new", meanwhile=meanwhile)
+
+
+def test_no_record_is_read_again_for_a_version_that_no_key_opens(
+    stale: Any, store: Store, keks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_encryption_key(keks / "third.kek", "acme")
+    asked = []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return get_record(*arguments)
+
+    monkeypatch.setattr("loraplex_registry.delivery.stored_files.get_record", counted)
+    with pytest.raises(PolicyRefusedError, match="not among the configured ones"):
+        stale("third")
+    assert len(asked) == 1
 
 
 class _Racing:

@@ -37,11 +37,6 @@ ORDERS = AdapterRef.parse("acme/orders")
 ONE = AdapterRef.parse("acme/orders@1")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.build(tmp_path_factory.mktemp("lab"))
-
-
 @pytest.fixture
 def good(lab: Lab) -> MemoryStore:
     """A registry with two versions, a tag with history, and an audit log."""

@@ -61,6 +61,31 @@ def test_an_older_number_is_a_rollback_and_other_content_a_fork(marks: MemoryMar
     advance(marks, 4, B)
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "sentence"),
+    [
+        ("orders@prod", 2, "acme/orders@prod has generation 2, and generation 3 was seen before"),
+        (
+            "orders@prod",
+            0,
+            "acme/orders@prod is gone, and generation 3 was seen before; somebody took it away",
+        ),
+        ("revocations", 2, "The revocation list of tenant acme has serial 2, and serial 3 was seen before"),
+        ("revocations", 0, "The revocation list of tenant acme is gone, and serial 3 was seen before"),
+    ],
+)
+def test_a_rollback_names_tenant_and_thing_with_the_numbers_found_and_seen(
+    name: str, number: int, sentence: str, marks: MemoryMarks
+) -> None:
+    marks.advance("acme", name, Mark(3, A, KEYS), issued=NOW, trusted=KEYS)
+    for asked in (marks, FrozenMarks(marks)):
+        with pytest.raises(RollbackError) as caught:
+            asked.advance("acme", name, Mark(number, B, KEYS), issued=NOW, trusted=KEYS)
+        assert caught.value.message.startswith(sentence)
+    with pytest.raises(ExpiredError, match="a statement of tenant acme issued"):
+        marks.seen("acme").check_clock(NOW - dt.timedelta(days=1))
+
+
 @given(history=st.lists(statements, max_size=30))
 def test_what_was_believed_never_goes_back(history: list[tuple[int, str]]) -> None:
     """The law of the module, against a model of three lines."""

@@ -17,11 +17,6 @@ from tests.registry.lab import Lab
 ORDERS = AdapterRef.parse("acme/orders")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.build(tmp_path_factory.mktemp("lab"))
-
-
 def test_every_planted_bug_still_applies() -> None:
     assert len(mutants.MUTANTS) >= 12
     assert mutants.faults_of_list() == []

@@ -195,7 +195,9 @@ def test_a_damaged_marker_is_not_taken_for_a_good_one(body: bytes, local: Store)
 
 def session(store_url: str, **options: int) -> Session:
     arguments = argparse.Namespace(**{"command": "doctor", "writers": 8, "rounds": 1, **options})
-    return Session(arguments, Settings(registry=store_url), {}, io.StringIO())
+    return Session(
+        arguments=arguments, settings=Settings(registry=store_url), environment={}, stderr=io.StringIO()
+    )
 
 
 def test_the_command_reports_every_check(local: Store) -> None:

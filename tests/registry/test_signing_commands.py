@@ -5,6 +5,7 @@ import datetime as dt
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -206,6 +207,143 @@ def test_an_older_tag_that_was_put_back_is_not_signed_again(shell: Shell) -> Non
     assert [(item["ref"], item["code"]) for item in left] == [("acme/orders@prod", "ROLLBACK")]
 
 
+def list_of(shell: Shell) -> dict[str, Any]:
+    place = shell.home / ".local/share/loraplex/registry/t/acme/revocations.json"
+    value: dict[str, Any] = json.loads(place.read_text())
+    return value
+
+
+def without_old_key(shell: Shell, turned: dict[str, Any]) -> None:
+    """Take the old key out of the policy, as the last step of the drill does."""
+    policy = shell.home / CONFIG / "policy.toml"
+    text = re.sub(r'\{ path = "keys/acme.pub"[^}]*\}, ', "", policy.read_text())
+    policy.write_text(text)
+    assert turned["old_keyid"] not in {
+        item.key.keyid for rule in TrustPolicy.load(policy).rules for item in (*rule.keys, *rule.revokers)
+    }
+
+
+def test_the_drill_of_a_rotation_ends_with_everything_accepted_under_the_new_key_alone(shell: Shell) -> None:
+    bad = shell.json("resolve", "orders@2")["digest"]
+    shell("revoke", "orders@2", "--reason", "wrong data", "--expires", "90d")
+    turned = shell.json("keys", "rotate", "--no-passphrase")
+    assert "registry resign acme" in turned["revocation_lists"][0]
+    (warned,) = (
+        found
+        for found in shell.json("policy", "check", "--lists")["findings"]
+        if "revocation list" in found["message"] and "signed by" in found["message"]
+    )
+    assert warned["level"] == "warning"
+    planned = shell.json("resign", "--dry-run")
+    assert planned["revocations"] | {"reason": ""} == {
+        "tenant": "acme", "outcome": "resigned", "serial": 1, "code": None, "reason": "",
+    }  # fmt: skip
+    assert shell.json("revoke", "--list", "acme")["serial"] == 1
+    done = shell.json("resign")
+    assert (done["revocations"]["outcome"], done["revocations"]["serial"]) == ("resigned", 2)
+    listed = shell.json("revoke", "--list", "acme")
+    assert ([entry["digest"] for entry in listed["entries"]], listed["serial"]) == ([bad], 2)
+    valid = dt.datetime.fromisoformat(listed["expires"]) - dt.datetime.fromisoformat(listed["issued"])
+    assert valid == dt.timedelta(days=90)
+    assert list_of(shell)["list"]["signatures"][0]["keyid"] == turned["keyid"]
+    again = shell.json("resign", "--dry-run")
+    assert (again["resigned"], again["revocations"]["outcome"]) == ([], "unchanged")
+    failing(shell, 6, "REVOKED", "resolve", "orders@2")
+    without_old_key(shell, turned)
+    assert shell.json("verify", "orders@prod")["keyid"] == turned["keyid"]
+    assert not any(
+        "revocation list of" in found["message"]
+        for found in shell.json("policy", "check", "--lists")["findings"]
+    )
+
+
+def test_a_list_whose_signer_left_the_policy_is_taken_over_by_the_command_that_the_refusal_names(
+    shell: Shell,
+) -> None:
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    turned = shell.json("keys", "rotate", "--no-passphrase")
+    done = shell.json(
+        "resign", "--key", f"{CONFIG}/keys/acme.key"
+    )  # the old key again: nothing changes hands
+    assert done["revocations"]["outcome"] == "unchanged"
+    without_old_key(shell, turned)
+    findings = shell.json("policy", "check", "--lists")["findings"]
+    assert [found["level"] for found in findings if "nothing of tenant acme" in found["message"]] == ["error"]
+    left = shell.json("resign")["revocations"]
+    assert (left["outcome"], left["code"]) == ("left", "SIGNATURE_INVALID")
+    assert "registry revoke --refresh acme --signed-by OLD.pub" in left["reason"]
+    failing(shell, 5, "SIGNATURE_INVALID", "revoke", "--refresh", "acme")
+    other = f"{CONFIG}/keys/other.key"
+    shell("keys", "gen", other, "--no-passphrase")
+    failing(
+        shell,
+        5,
+        "SIGNATURE_INVALID",
+        "revoke",
+        "--refresh",
+        "acme",
+        "--signed-by",
+        f"{CONFIG}/keys/other.pub",
+    )
+    taken = shell.json("revoke", "--refresh", "acme", "--signed-by", f"{CONFIG}/keys/acme.pub")
+    assert (taken["serial"], len(taken["entries"])) == (2, 1)
+    assert shell.json("revoke", "--list", "acme")["serial"] == 2
+    assert "acme/orders@1 is signed with key" in failing(shell, 5, "SIGNATURE_INVALID", "resolve", "orders@1")
+    failing(shell, 2, "INVALID_ARGUMENT", "revoke", "--list", "acme", "--signed-by", "x.pub")
+
+
+def test_a_list_signed_by_a_key_whose_time_is_over_is_signed_again_as_of_then(shell: Shell) -> None:
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    time.sleep(1.1)
+    turned = shell.json("keys", "rotate", "--no-passphrase", "--overlap", "0")
+    assert "nothing of tenant acme is accepted" in turned["revocation_lists"][0]
+    assert shell.json("resign")["revocations"]["code"] == "EXPIRED"
+    before = dt.datetime.fromisoformat(turned["old_until"]) - dt.timedelta(seconds=1)
+    as_of = ("--as-of", f"{before:%Y-%m-%dT%H:%M:%SZ}")
+    planned = shell.json("resign", "--dry-run", *as_of)
+    done = shell.json("resign", *as_of)
+    assert planned["resigned"] == done["resigned"]
+    assert [item["ref"] for item in planned["left"]] == [item["ref"] for item in done["left"]]
+    assert done["revocations"]["serial"] == 2
+    assert {item["ref"]: item["code"] for item in done["left"]} == {
+        "acme/orders@2": "REVOKED",
+        "acme/orders@canary": "REVOKED",
+    }
+    assert shell.json("resolve", "orders@prod")["keyid"] == turned["keyid"]
+
+
+def test_a_key_that_is_no_revoker_leaves_the_list_to_those_who_are(shell: Shell) -> None:
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    shell("keys", "gen", "release.key", "--no-passphrase")
+    policy = shell.home / CONFIG / "policy.toml"
+    policy.write_text(
+        policy.read_text().replace('keys = [{ path = "keys/acme.pub" }]', 'keys = [{ path = "keys/acme.pub" }, '
+        f'{{ path = "{shell.home}/release.pub" }}]')
+    )  # fmt: skip
+    done = shell.json("resign", "--key", "release.key")
+    assert (done["revocations"]["outcome"], done["revocations"]["serial"]) == ("unchanged", 1)
+    assert "acme/orders@1" in done["resigned"]
+
+
+def test_a_list_is_not_signed_so_that_a_rule_which_believed_it_would_not(shell: Shell) -> None:
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    with (shell.home / CONFIG / "policy.toml").open("a") as file:
+        file.write(
+            '[[rules]]\nscope = "acme/mails"\nkeys = [{ path = "keys/acme.pub" }]\n'
+            "[[rules.revokers]]\n"
+            'path = "keys/acme.pub"\n'
+        )
+    shell("keys", "gen", "next.key", "--no-passphrase")
+    policy = shell.home / CONFIG / "policy.toml"
+    text = policy.read_text()
+    both = f'[{{ path = "keys/acme.pub" }}, {{ path = "{shell.home}/next.pub" }}]'
+    policy.write_text(text.replace('[{ path = "keys/acme.pub" }]', both))
+    left = shell.json("resign", "--key", "next.key")["revocations"]
+    assert (left["outcome"], left["code"]) == ("left", "POLICY_REFUSED")
+    assert "'acme/mails'" in left["reason"]
+    assert shell.json("revoke", "--list", "acme")["serial"] == 1
+
+
 def test_an_existing_key_can_be_rotated_to(shell: Shell) -> None:
     shell("keys", "gen", "next.key", "--no-passphrase")
     turned = shell.json("keys", "rotate", "--to", "next.key")
@@ -291,6 +429,54 @@ def test_a_new_key_of_a_kind_the_rule_forbids_is_refused(shell: Shell) -> None:
     assert "algorithms" in said
     assert (shell.home / CONFIG / "policy.toml").read_bytes() == before
     assert tomllib.loads((shell.home / CONFIG / "config.toml").read_text())["key"] == "keys/acme.key"
+
+
+# --- tags and what is revoked
+
+
+def test_a_revoked_version_gets_no_tag_by_any_way(shell: Shell) -> None:
+    shell("tag", "orders@2", "next", "--sign-only", "statement.json")
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    said = failing(shell, 6, "REVOKED", "tag", "orders@2", "prod")
+    assert "acme/orders@2" in said
+    assert "revocation list of tenant acme, serial 1" in said
+    for words in (
+        ("tag", "orders@canary", "prod"),
+        ("tag", "orders@2", "prod", "--sign-only", "other.json"),
+        ("tag", "--from", "statement.json"),
+        ("push", "orders", "--tag", "prod"),  # the very content of version 2
+        ("push", "orders", "--tag", "canary"),
+    ):
+        failing(shell, 6, "REVOKED", *words)
+    assert not (shell.home / "other.json").exists()
+    assert shell.json("resolve", "orders@prod")["version"] == 1
+    assert shell.json("push", "orders")["created"] is False
+    assert shell.json("tag", "orders@1", "canary")["version"] == 1
+
+
+def test_a_revoked_key_publishes_nothing_under_a_tag(shell: Shell) -> None:
+    keyid = shell.json("keys", "list")["keys"][0]["keyid"]
+    shell("keys", "gen", f"{CONFIG}/keys/revoker.key", "--no-passphrase")
+    policy = shell.home / CONFIG / "policy.toml"
+    policy.write_text(
+        policy.read_text().replace(
+            'revokers = [{ path = "keys/acme.pub" }]', 'revokers = [{ path = "keys/revoker.pub" }]'
+        )
+    )
+    shell("revoke", "--keyid", keyid, "--reason", "stolen", "--key", f"{CONFIG}/keys/revoker.key")
+    builders.make_adapter(shell.home / "orders", seed=8)
+    assert "which signed" not in failing(shell, 6, "REVOKED", "push", "orders", "--tag", "prod")
+    assert len(shell.json("ls", "acme/orders")["versions"]) == 2
+    assert "which signed acme/orders@1" in failing(shell, 6, "REVOKED", "tag", "orders@1", "other")
+
+
+def test_while_the_list_is_withheld_no_tag_is_moved(shell: Shell) -> None:
+    shell("revoke", "orders@2", "--reason", "wrong data")
+    place = shell.home / ".local/share/loraplex/registry/t/acme/revocations.json"
+    place.rename(shell.home / "kept.json")
+    for words in (("tag", "orders@2", "prod"), ("tag", "orders@1", "new"), ("resolve", "orders@1")):
+        said = failing(shell, 6, "ROLLBACK", *words)
+        assert "The revocation list of tenant acme is gone, and serial 1 was seen before" in said
 
 
 # --- attestations

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from loraplex_examples.s3_server import S3Server
-from loraplex_registry.errors import StoreError, StoreRefusedError
+from loraplex_registry.errors import StoreError, StoreRefusedError, StoreUnavailableError
 from loraplex_registry.format.manifest import FileEntry
 from loraplex_registry.storage.local import LocalStore
-from loraplex_registry.storage.store import read_blob
+from loraplex_registry.storage.store import open_store, read_blob, write_conditionally
 from tests.registry import faults, full_disk
 from tests.registry.full_disk import FailingDisk
 from tests.sim import s3_proxy
+from tests.sim.s3_proxy import Request, S3Proxy
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -50,6 +51,66 @@ def test_the_campaign_repeats_itself_by_its_seed(s3: S3Server, bucket: str, tmp_
     assert runs[0].faults == runs[1].faults
     assert runs[0].kinds == runs[1].kinds
     assert set(runs[0].faults) <= set(s3_proxy.ALL)
+
+
+def _write_through(
+    proxy: S3Proxy, root: str, *faults_in_turn: str | None
+) -> tuple[StoreError, list[Request]]:
+    """Write an object while the first requests get these faults; return the error and every request."""
+    store = open_store(root, endpoint_url=proxy.url)
+    proxy.use(s3_proxy.script(*faults_in_turn))
+    try:
+        with pytest.raises(StoreError) as caught:
+            write_conditionally(store, "t/v/1.json", b"mine", etag=None)
+        return caught.value, list(proxy.requests)
+    finally:
+        proxy.use(s3_proxy.script())
+
+
+@pytest.mark.parametrize("fault", [s3_proxy.LOST_REQUEST, s3_proxy.ERROR_500, s3_proxy.ERROR_503])
+def test_a_write_refused_while_an_earlier_one_is_in_doubt_is_read_back_and_not_sent_again(
+    fault: str, proxy: S3Proxy, bucket: str
+) -> None:
+    root = f"{bucket}/in-doubt-{fault.replace(' ', '-')}"
+    error, requests = _write_through(proxy, root, fault, None, s3_proxy.ERROR_403)
+    assert isinstance(error, StoreUnavailableError)
+    assert error.ambiguous
+    assert [(one.method, one.status) for one in requests[1:]] == [("GET", 404), ("PUT", 403), ("GET", 404)]
+    assert faults.wrong_repetitions(requests) == []
+
+
+def test_nothing_follows_a_refusal_without_doubt_nor_a_refused_read_back(proxy: S3Proxy, bucket: str) -> None:
+    error, requests = _write_through(proxy, f"{bucket}/refused-at-once", s3_proxy.ERROR_403)
+    assert isinstance(error, StoreRefusedError)
+    assert [(one.method, one.status) for one in requests] == [("PUT", 403)]
+    error, requests = _write_through(
+        proxy, f"{bucket}/unreadable", s3_proxy.LOST_REPLY, s3_proxy.ERROR_403, s3_proxy.ERROR_403
+    )
+    assert isinstance(error, StoreUnavailableError)
+    assert error.ambiguous
+    assert [(one.method, one.status) for one in requests] == [("PUT", 0), ("GET", 403)]
+
+
+def _sent(method: str, *, status: int = 0, fault: str | None = None, key: str = "a") -> Request:
+    return Request(method, f"/bucket/{key}", method == "PUT", fault=fault, status=status)
+
+
+def test_the_judge_of_the_campaign_sees_what_was_sent_again() -> None:
+    lost, absent = _sent("PUT", fault=s3_proxy.LOST_REQUEST), _sent("GET", status=404)
+    refused = _sent("PUT", status=403, fault=s3_proxy.ERROR_403)
+    wrong = faults.wrong_repetitions
+    assert wrong([lost, absent, refused, absent]) == []
+    assert wrong([lost, absent, refused, _sent("PUT", status=200)]) != []  # the write itself, once more
+    assert (
+        wrong([lost, absent, refused, absent, _sent("PUT", status=200)]) != []
+    )  # the same after reading back
+    assert wrong([refused, absent]) != []  # no doubt, so nothing to read back
+    assert wrong([lost, refused, _sent("GET", status=200, key="b")]) != []  # another object
+    assert wrong([_sent("GET", status=403), absent]) != []
+    assert (
+        wrong([lost, absent, refused, _sent("GET", status=403), absent]) != []
+    )  # refused to look, looked again
+    assert wrong([_sent("PUT", status=412), _sent("GET", status=200), lost]) != []
 
 
 # Disks

@@ -177,9 +177,8 @@ def test_a_bucket_that_does_not_exist_is_named(s3: S3Server) -> None:
 def test_a_file_above_the_part_limit_goes_up_in_parts(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_registry.storage.s3_blobs.MULTIPART_ABOVE_BYTES", 6 << 20)
-    monkeypatch.setattr("loraplex_registry.storage.s3_blobs.PART_BYTES", 5 << 20)
-    body = os.urandom((11 << 20) + 5)
+    monkeypatch.setattr("loraplex_registry.storage.s3_uploads.MULTIPART_ABOVE_BYTES", 6 << 20)
+    body = os.urandom((17 << 20) + 5)
     (tmp_path / "f").write_bytes(body)
     file = FileEntry("f", len(body), hashlib.sha256(body).hexdigest())
     store = open_store(s3.make_bucket("parts"))

@@ -1,6 +1,8 @@
 """Moving tags: compare-and-swap, history, expectations, removal, several signatures, rivals and deleters."""
 
 import dataclasses
+import functools
+import itertools
 from pathlib import Path
 
 import pytest
@@ -28,27 +30,12 @@ from loraplex_registry.lifecycle.tagging import (
 )
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.signing import envelope_keyids, verify_envelope
-from loraplex_registry.storage.memory import MemoryStore
 from loraplex_registry.storage.store import CountingStore, Store
-from tests.registry.flaky_store import FlakyStore
+from tests.registry.flaky_store import FlakyStore, Meanwhile
 from tests.registry.lab import Lab, no_sleep
 from tests.registry.shell import Shell
 
 ORDERS = AdapterRef.parse("acme/orders")
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab.build(tmp_path_factory.mktemp("lab"))
-
-
-@pytest.fixture
-def two(lab: Lab) -> Store:
-    """Versions 1 and 2; prod is at 1."""
-    store = MemoryStore()
-    lab.push(store, ORDERS, 0, tag="prod")
-    lab.push(store, ORDERS, 1)
-    return store
 
 
 def target(store: Store, version: int) -> Target:
@@ -106,6 +93,14 @@ def test_a_move_with_the_right_expectation_goes_through(expect: str, two: Store,
     assert lab.tag(two, ORDERS, 2, "prod", expect=parse_expect(text)).moved
 
 
+def test_a_whole_number_is_a_generation_and_never_a_version(two: Store, lab: Lab) -> None:
+    lab.tag(two, ORDERS, 2, "prod", expect=1)
+    lab.tag(two, ORDERS, 1, "prod", expect=2)  # back to version 1, at generation 3
+    with pytest.raises(ConflictError, match="at generation 3 "):
+        lab.tag(two, ORDERS, 2, "prod", expect=parse_expect("1"))
+    assert lab.tag(two, ORDERS, 2, "prod", expect=parse_expect("3")).moved
+
+
 @pytest.mark.parametrize("expect", ["0", "2", "absent", "sha256:" + "0" * 64, "1.0.0"])
 def test_a_move_with_a_wrong_expectation_changes_nothing(expect: str, two: Store, lab: Lab) -> None:
     with pytest.raises(ConflictError, match="generation 1"):
@@ -122,53 +117,27 @@ def test_an_expectation_is_one_of_four_forms(text: str) -> None:
 
 
 def test_a_rival_between_reading_and_writing_makes_the_move_be_built_again(two: Store, lab: Lab) -> None:
-    class Rival(FlakyStore):
-        moved = False
-
-        def swap(self, key: str, body: bytes, *, etag: str) -> str:
-            if not self.moved:
-                self.moved = True
-                lab.tag(two, ORDERS, 2, "prod")
-            return super().swap(key, body, etag=etag)
-
-    move = lab.tag(Rival(two), ORDERS, 1, "prod", expect=None)
-    assert not move.moved or move.statement.generation == 3
-    move = lab.tag(Rival(two), ORDERS, 1, "prod")
+    third = lab.push(two, ORDERS, 2)[0].version
+    rival = Meanwhile(two, "swap", [lambda: lab.tag(two, ORDERS, 2, "prod")])
+    move = lab.tag(rival, ORDERS, third, "prod")
+    assert (move.moved, move.statement.generation) == (True, 3)
     assert all(event.fault is None for event in tag_history(two, ORDERS, "prod"))
 
 
 def test_with_an_expectation_a_rival_wins(two: Store, lab: Lab) -> None:
-    class Rival(FlakyStore):
-        def swap(self, key: str, body: bytes, *, etag: str) -> str:
-            lab.tag(two, ORDERS, 2, "prod")
-            return super().swap(key, body, etag=etag)
-
+    rival = Meanwhile(two, "swap", [lambda: lab.tag(two, ORDERS, 2, "prod")])
     third = lab.push(two, ORDERS, 2)[0].version
     with pytest.raises(ConflictError, match="generation 2"):
-        lab.tag(Rival(two), ORDERS, int(third), "prod", expect=1)
+        lab.tag(rival, ORDERS, third, "prod", expect=1)
 
 
 def test_rivals_without_end_are_a_conflict(two: Store, lab: Lab) -> None:
-    class Rivals(FlakyStore):
-        version = 1
-
-        def swap(self, key: str, body: bytes, *, etag: str) -> str:
-            self.version = 3 - self.version
-            lab.tag(two, ORDERS, self.version, "prod")
-            return super().swap(key, body, etag=etag)
-
-    third = lab.push(two, ORDERS, 2)[0].version
+    moves = [lambda: lab.tag(two, ORDERS, 2, "prod"), lambda: lab.tag(two, ORDERS, 1, "prod")]
+    rivals = Meanwhile(two, "swap", itertools.cycle(moves))
+    third = target(two, int(lab.push(two, ORDERS, 2)[0].version))
     waits: list[float] = []
     with pytest.raises(ConflictError, match="keeps being moved"):
-        move_tag(
-            Rivals(two),
-            ORDERS,
-            "prod",
-            target(two, int(third)),
-            [lab.signer],
-            now=lab.now,
-            sleep=waits.append,
-        )
+        move_tag(rivals, ORDERS, "prod", third, [lab.signer], now=lab.now, sleep=waits.append)
     assert len(waits) == 5
 
 
@@ -195,42 +164,29 @@ def test_a_move_whose_reply_was_lost_and_that_was_overtaken_is_not_done_twice(tw
 # --- moving against deleting
 
 
-class DeletedMeanwhile(FlakyStore):
-    """Deletes a version just before the tag is written."""
-
-    def __init__(self, store: Store, lab: Lab, version: int, *also: int) -> None:
-        super().__init__(store)
-        self._inner, self._lab, self._versions = store, lab, (version, *also)
-
-    def swap(self, key: str, body: bytes, *, etag: str) -> str:
-        for version in self._versions[:1]:
-            self._lab.delete(self._inner, ORDERS, version)
-        self._versions = self._versions[1:]
-        return super().swap(key, body, etag=etag)
+def deleter(store: Store, lab: Lab, *versions: int, method: str = "swap") -> Meanwhile:
+    """Deletes a version just before each of the first writes of a tag."""
+    deletions = [functools.partial(lab.delete, store, ORDERS, version) for version in versions]
+    return Meanwhile(store, method, deletions)
 
 
 def test_a_tag_moved_to_a_version_that_is_deleted_meanwhile_goes_back(two: Store, lab: Lab) -> None:
     with pytest.raises(ConflictError, match="was deleted while"):
-        lab.tag(DeletedMeanwhile(two, lab, 2), ORDERS, 2, "prod")
+        lab.tag(deleter(two, lab, 2), ORDERS, 2, "prod")
     assert lab.read(two, AdapterRef.parse("acme/orders@prod"))[0] == 1
     assert [event.version for event in tag_history(two, ORDERS, "prod")] == [1, 2, 1]
 
 
 def test_a_tag_whose_earlier_version_is_gone_too_goes_back_to_nothing(two: Store, lab: Lab) -> None:
     with pytest.raises(ConflictError, match="was deleted while"):
-        lab.tag(DeletedMeanwhile(two, lab, 2, 1), ORDERS, 2, "prod")
+        lab.tag(deleter(two, lab, 2, 1), ORDERS, 2, "prod")
     assert [event.version for event in tag_history(two, ORDERS, "prod")] == [1, 2, 1, None]
     assert not lab.fsck(two).severities["warning"]
 
 
 def test_a_new_tag_on_a_version_that_is_deleted_meanwhile_points_to_nothing(two: Store, lab: Lab) -> None:
-    class Deleted(FlakyStore):
-        def create(self, key: str, body: bytes) -> str:
-            lab.delete(two, ORDERS, 2)
-            return super().create(key, body)
-
     with pytest.raises(ConflictError):
-        lab.tag(Deleted(two), ORDERS, 2, "fresh")
+        lab.tag(deleter(two, lab, 2, method="create"), ORDERS, 2, "fresh")
     with pytest.raises(AdapterNotFoundError):
         lab.read(two, AdapterRef.parse("acme/orders@fresh"))
 
@@ -343,16 +299,13 @@ def test_removing_takes_a_key_and_what_never_was_is_not_removed(two: Store, lab:
 # --- the commands
 
 
-def test_the_commands_move_remove_and_tell_the_history(tmp_path: Path, lab: Lab) -> None:
-    (tmp_path / "home").mkdir()
-    shell = Shell(tmp_path / "home", {})
-    shell("init", "--tenant", "acme")
+def test_the_commands_move_remove_and_tell_the_history(shell: Shell, lab: Lab) -> None:
     shell("push", lab.pulled(0), "orders", "--tag", "prod")
     shell("push", lab.pulled(1), "orders")
     moved = shell.json("tag", "orders@2", "prod", "--expect", "1", "--expires", "30d")
     assert (moved["generation"], moved["version"], moved["previous_version"]) == (2, 2, 1)
     shell("tag", "orders@1", "prod", "--expect", "1", code=4)
-    statement = tmp_path / "home/statement.json"
+    statement = shell.home / "statement.json"
     shell("tag", "orders@1", "prod", "--sign-only", statement)
     shell("keys", "gen", "second.key", "--no-passphrase")
     assert shell.json("tag", "--from", statement, "--key", "second.key")["generation"] == 3
@@ -370,14 +323,11 @@ def test_the_commands_move_remove_and_tell_the_history(tmp_path: Path, lab: Lab)
     shell("tag", "orders", code=2)
 
 
-def test_a_tag_that_needs_two_signatures_is_not_moved_by_one(tmp_path: Path, lab: Lab) -> None:
-    (tmp_path / "home").mkdir()
-    shell = Shell(tmp_path / "home", {})
-    made = shell.json("init", "--tenant", "acme")
+def test_a_tag_that_needs_two_signatures_is_not_moved_by_one(shell: Shell, lab: Lab) -> None:
     shell("push", lab.pulled(0), "orders")
     shell("keys", "gen", "second.key", "--no-passphrase")
-    policy = Path(made["policy"])
-    first, second = Path(made["key"]).with_suffix(".pub"), tmp_path / "home/second.pub"
+    policy = Path(shell.made["policy"])
+    first, second = Path(shell.made["key"]).with_suffix(".pub"), shell.home / "second.pub"
     policy.write_text(
         f"""version = 1
 default = "deny"
@@ -389,10 +339,10 @@ prod = {{ threshold = 2 }}
 """
     )
     assert "needs 2 signatures" in shell("tag", "orders@1", "prod", code=6)
-    statement = tmp_path / "home/statement.json"
+    statement = shell.home / "statement.json"
     shell("tag", "orders@1", "prod", "--sign-only", statement)
     assert "these are 1" in shell("tag", "--from", statement, code=6)
     assert shell.json("tag", "--from", statement, "--key", "second.key")["moved"]
     shell("verify", "orders@prod")
-    done = shell.json("tag", "orders@1", "prod", "--key", made["key"], "--key", "second.key")
+    done = shell.json("tag", "orders@1", "prod", "--key", shell.made["key"], "--key", "second.key")
     assert not done["moved"]

@@ -205,8 +205,17 @@ def test_a_policy_that_is_not_understood_is_no_policy(text: str, word: str, keys
 
 
 def test_a_missing_policy_trusts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PolicyRefusedError, match="nothing is trusted"):
+    with pytest.raises(
+        PolicyRefusedError, match=r"nothing is trusted without one; `registry init --tenant NAME`"
+    ):
         TrustPolicy.load(tmp_path / "none.toml")
+
+
+def test_an_unknown_key_of_a_policy_is_answered_with_the_known_ones(keys: Path) -> None:
+    with pytest.raises(PolicyRefusedError, match=r"unknown key 'zzz'\. Known are version, default, rules\."):
+        builders.make_policy(keys, HEAD + "zzz = 1\n")
+    with pytest.raises(PolicyRefusedError, match=r"did you mean 'scope'\? Known are scope, keys, "):
+        builders.make_policy(keys, HEAD + '[[rules]]\nscop = "acme/**"\n' + KEYS)
 
 
 @given(body=st.binary(max_size=200))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplex_registry.storage.s3_options import S3Options
 from loraplex_server.config import Config, load_config, parse_config, split_address
 from loraplex_server.errors import ConfigError
 
@@ -38,6 +39,15 @@ def test_the_smallest_file_names_only_the_model(tmp_path: Path) -> None:
         ('[model]\npath = "m"\n[registry]\nurl = "s3://b/p"', ["registry.policy", "trusted"]),
         ('[model]\npath = "m"\n[limits]\nrequests_max = nan', ["limits.requests_max", "int"]),
         ('[model]\npath = "m"\n[adapters]\nload_timeout_s = nan', ["adapters.load_timeout_s"]),
+        ('[model]\npath = "m"\n[registry]\ns3 = 3', ["registry.s3", "section"]),
+        (
+            '[model]\npath = "m"\n[registry.s3]\ntimeout = 3',
+            ["registry.s3", "'timeout'", "checksums, timeout_s"],
+        ),
+        ('[model]\npath = "m"\n[registry.s3]\ntimeout_s = "3"', ["registry.s3", "timeout_s", "number"]),
+        ('[model]\npath = "m"\n[registry.s3]\ntimeout_s = 601', ["registry.s3", "timeout_s", "600"]),
+        ('[model]\npath = "m"\n[registry.s3]\nsse = "AES256"', ["registry.s3", "'sse'", "write"]),
+        ('[model]\npath = "m"\n[registry]\nencryption_key = "pgp:x"', ["registry.encryption_key", "awskms"]),
         ("model = 3", ["[model]", "section"]),
         ("[model", ["TOML"]),
     ],
@@ -66,6 +76,12 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     assert config.model.path == str(tmp_path / "base")
     assert config.registry.policy == str(tmp_path / "policy.toml")
     assert config.auth.keys == str(tmp_path / "keys.toml")
+
+
+def test_the_storage_is_spoken_to_as_the_settings_say(tmp_path: Path) -> None:
+    text = '[model]\npath = "m"\n[registry.s3]\ntimeout_s = 7\nchecksums = "when_supported"\n'
+    assert read(tmp_path, text).registry.s3 == S3Options(timeout_s=7, checksums="when_supported")
+    assert read(tmp_path, '[model]\npath = "m"\n').registry.s3 == S3Options()
 
 
 def test_open_addresses_are_allowed_with_keys(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from loraplex_registry.delivery.cache import Cache
+from loraplex_registry.encryption.kek_file import generate_encryption_key
+from loraplex_registry.encryption.key_providers import KeyRing
 from loraplex_registry.errors import (
     AdapterNotFoundError,
     BaseMismatchError,
     DigestMismatchError,
+    PolicyRefusedError,
     SignatureInvalidError,
     StoreUnavailableError,
 )
@@ -119,6 +122,25 @@ async def test_a_version_for_another_base_is_refused_before_anything_is_fetched(
     with pytest.raises(BaseMismatchError):
         await versions.resolve(ORDERS)
     assert registry.fetches == 0
+
+
+async def test_a_key_that_the_server_lacks_is_the_operators_to_mend_and_the_caller_learns_no_path(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = KeyRing([f"file:{shop.root}/{{tenant}}.kek"])
+    generate_encryption_key(shop.root / "acme.kek", "acme")
+    shop.registry = Registry(open_store(shop.url), keys=keys)
+    shop.publish("acme/orders")
+    versions = make_versions(shop, registry=shop.registry)
+    version = await versions.resolve(AdapterRef.parse("acme/orders"))
+    (shop.root / "acme.kek").rename(shop.root / "elsewhere")
+    with pytest.raises(PolicyRefusedError) as caught:
+        await versions.stage(version, silent)
+    assert str(shop.root) not in str(caught.value)
+    assert f"{shop.root}/acme.kek cannot be opened" in caplog.text
+    (shop.root / "elsewhere").rename(shop.root / "acme.kek")
+    staged = await versions.stage(version, silent)
+    await versions.discard(staged)
 
 
 async def test_a_fetch_that_nobody_waits_for_any_more_is_let_go_and_stays_in_the_cache(shop: Shop) -> None:

@@ -74,6 +74,11 @@ class Request:
     fault: str | None = None
     status: int = 0
 
+    @property
+    def path(self) -> str:
+        """The object it is about: the target without its query."""
+        return self.target.partition("?")[0]
+
 
 Chooser = Callable[[int, Request], str | None]
 """Given the number of a request (from 0) and the request, returns the fault to inject."""

@@ -60,9 +60,8 @@ def test_ranges_and_sizes(store: Store, tmp_path: Path) -> None:
 
 
 def test_uploads_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_registry.storage.s3_blobs.MULTIPART_ABOVE_BYTES", 1 << 20)
-    monkeypatch.setattr("loraplex_registry.storage.s3_blobs.PART_BYTES", 1 << 20)
-    body = os.urandom((2 << 20) + 9)
+    monkeypatch.setattr("loraplex_registry.storage.s3_uploads.MULTIPART_ABOVE_BYTES", 1 << 20)
+    body = os.urandom((16 << 20) + 9)
     (tmp_path / "f").write_bytes(body)
     file = FileEntry("f", len(body), hashlib.sha256(body).hexdigest())
     store.put_blob("t/b/0", tmp_path / "f", file)

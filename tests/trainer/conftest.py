@@ -12,6 +12,18 @@ from loraplex_trainer.config import TrainConfig, parse_config
 from tests.trainer.builders import SMALL, ConfigMaker
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without settings of the `registry` command, so that no test depends on whose machine it runs on."""
+    place = tmp_path / "home"
+    place.mkdir()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(place / "state"))
+    for name in ("LORAPLEX_REGISTRY", "LORAPLEX_KEY_PASSPHRASE_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return place
+
+
 @pytest.fixture(scope="session")
 def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that holds the small base."""

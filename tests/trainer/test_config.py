@@ -77,7 +77,7 @@ def test_changes_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
             "data=[{path: a, type: csv}]",
             r"data\[0\]\.type must be one of messages, alpaca, prompt_completion",
         ),
-        ("publish.ref=acme/orders", r"publish\.ref needs publish\.registry and publish\.key"),
+        ("publish.audit=maybe", r"publish\.audit must be one of settings, on, off"),
         ("train.lr", "'train.lr' is no change"),
         ("method.x=1", "method is not a section"),
     ],
@@ -85,6 +85,16 @@ def test_changes_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_refused_by_name(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, change, text=MINIMAL + "method: lora\n")
+
+
+def test_keys_of_key_services_are_no_files_and_on_is_no_truth(tmp_path: Path) -> None:
+    publish = "publish: {key: 'awskms:alias/acme', encryption_key: 'file:acme.kek, vault:transit/keys/a', audit: on}\n"
+    found = load(tmp_path, text=MINIMAL + publish).publish
+    assert found.key == "awskms:alias/acme"
+    assert found.encryption_key == f"file:{tmp_path / 'acme.kek'}, vault:transit/keys/a"
+    assert found.audit == "on"
+    assert load(tmp_path, "publish.audit=off", text=MINIMAL).publish.audit == "off"
+    assert load(tmp_path, text=MINIMAL).publish.audit == "settings"
 
 
 @pytest.mark.parametrize("missing", ["base_model", "output", "data"])

@@ -3,17 +3,23 @@
 import datetime as dt
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from loraplex_registry.cli import main as registry_command
+from loraplex_registry.encryption.kek_file import generate_encryption_key
+from loraplex_registry.lifecycle.audit import AuditLog
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry
-from loraplex_registry.signing import generate_key
+from loraplex_registry.signing import generate_key, load_signer
 from loraplex_registry.storage.store import open_store
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.validation.weights import Limits
 from loraplex_trainer.cli import StepPrinter, main
+from loraplex_trainer.config import load_config
+from loraplex_trainer.publish import destination
 from loraplex_trainer.recipe import Step
 
 
@@ -88,14 +94,93 @@ def test_wrong_settings_or_data_end_with_status_2(
 
 
 @pytest.mark.parametrize(
-    "change", ["publish.key=/nowhere/other.key", "publish.registry=ftp://x", "publish.ref=acme"]
+    "change", ["publish.key=/nowhere/other.key", "publish.encryption_key=file:/nowhere.kek"]
 )
 def test_a_failed_publication_ends_with_status_1_and_keeps_the_adapter(
     change: str, settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(settings_file), change]) == 1
-    assert capsys.readouterr().err.strip()
+    assert "/nowhere" in capsys.readouterr().err
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("publish.registry=ftp://x", "'ftp://x' is not an address"),
+        ("publish.ref=acme", "publish: No tenant is set"),
+        ("publish.registry=", "give publish.registry"),
+        ("publish.key=", "give publish.key"),
+        ("publish.encryption_key=pgp:x", "of no known kind"),
+    ],
+)
+def test_a_publication_that_cannot_succeed_is_refused_before_the_training(
+    change: str, message: str, settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if change.endswith("="):
+        change += "''"
+    assert main([str(settings_file), change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
+def user_settings(home: Path, text: str) -> None:
+    """Write the settings of the `registry` command."""
+    path = home / "config" / "loraplex" / "config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def test_what_the_registry_settings_demand_of_a_push_holds_for_the_trainer(
+    settings_file: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same adapter by the trainer and by `registry push`, under the same settings, leaves the same in the store."""
+    generate_encryption_key(tmp_path / "acme.kek", "acme")
+    url = (tmp_path / "registry").as_uri()
+    user_settings(
+        home,
+        f'registry = "{url}"\ntenant = "acme"\nkey = "{tmp_path}/acme.key"\naudit = "on"\n'
+        f'encryption_key = "file:{tmp_path}/acme.kek"\n',
+    )
+    own = ["publish={ref: orders, tag: prod}"]  # all else is as the user's settings say
+    assert main([str(settings_file), *own]) == 0
+    assert registry_command(["push", str(tmp_path / "adapter"), "acme/pushed", "--tag", "prod"]) == 0
+    store = open_store(url)
+    trained, pushed = (
+        Registry(store).resolve(AdapterRef("acme", name)).record for name in ("orders", "pushed")
+    )
+    assert trained.encryption is not None
+    assert trained.encryption.kek == pushed.encryption.kek
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    stored = [path.read_bytes() for path in (tmp_path / "registry").rglob("*") if path.is_file()]
+    assert len(stored) > 4
+    assert not any(weights[-4096:] in body for body in stored), "nothing of the weights lies there in clear"
+    signer = load_signer(tmp_path / "acme.key")
+    told = [(entry.action, entry.subject, entry.actor) for entry in AuditLog(store, "acme").entries()]
+    expected = [("push", "{}@1"), ("tag", "{}@prod")]
+    assert told == [
+        (action, "acme/" + subject.format(name), signer.keyid)
+        for name in ("orders", "pushed")
+        for action, subject in expected
+    ]
+
+
+def test_publish_settings_come_before_those_of_the_registry_command(
+    settings_file: Path, home: Path, tmp_path: Path
+) -> None:
+    generate_encryption_key(tmp_path / "acme.kek", "acme")
+    user_settings(
+        home, 'registry = "file:///nowhere"\nkey = "/nowhere.key"\naudit = "on"\n[s3]\ntimeout_s = 7\n'
+    )
+    changes = ["publish.encryption_key=file:acme.kek", "publish.audit=off"]
+    config = load_config(settings_file, changes)
+    target = destination(config.publish, os.environ)
+    assert target.settings.registry == (tmp_path / "registry").as_uri()
+    assert target.settings.key == str(tmp_path / "acme.key")
+    assert (
+        target.settings.encryption_key == f"file:{Path.cwd() / 'acme.kek'}"
+    )  # a change: as a shell completes it
+    assert (target.settings.audit, target.settings.s3.timeout_s) == ("off", 7)
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ from loraplex_registry.errors import RegistryError
 from loraplex_registry.progress import readable
 from loraplex_trainer.config import TrainConfig, load_config
 from loraplex_trainer.errors import TrainerError
-from loraplex_trainer.publish import publish
+from loraplex_trainer.publish import destination, publish
 from loraplex_trainer.recipe import Step, TrainResult, train
 
 _WIDTH = 24
@@ -52,10 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(options.config, options.changes)
+        target = destination(config.publish, os.environ) if config.publish.ref else None
         result = train(config, StepPrinter(sys.stderr))
         print(_summary(config, result))
-        if config.publish.ref:
-            published = publish(result, config.publish)
+        if target is not None:
+            published = publish(result, config.publish, target)
             did = "pushed" if published.created else "already pushed"
             print(f"{did} {published.ref} (version {published.version})")
     except TrainerError as error:

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from loraplex_registry.encryption.key_providers import anchored_addresses
+from loraplex_registry.signing.signers import is_signer_uri
 from loraplex_trainer.errors import ConfigError
 
 CONFIG_BYTES_MAX = 1 << 20
@@ -82,20 +84,29 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSettings:
-    """Where the finished adapter goes. Without `ref` it stays on disk."""
+    """Where the finished adapter goes. Without `ref` it stays on disk.
+
+    What is empty here is as the settings of the `registry` command say; what they alone can say holds as well.
+    """
 
     ref: str = ""
     """ "tenant/adapter"."""
     registry: str = ""
     """file:///path or s3://bucket/prefix."""
     key: str = ""
-    """Private signing key (PEM); relative to the settings file."""
+    """Private signing key: a file (PEM), relative to the settings file, or a key service's address."""
     passphrase_file: str = ""
     """First line of this file opens the key, where it is encrypted."""
     tag: str = ""
     """Tag to move to the new version."""
     endpoint_url: str = ""
     """S3 servers other than AWS."""
+    region: str = ""
+    """AWS region."""
+    encryption_key: str = ""
+    """Keys as in `registry` settings: "file:acme.kek" (relative to the settings file), "awskms:…", "vault:…"."""
+    audit: Literal["settings", "on", "off"] = "settings"
+    """Whether the push is told in the tenant's audit log; "settings": as the `registry` command does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,10 @@ _FILES = {"output", "publish.key", "publish.passphrase_file"}
 def _located(value: Any, *, key: str, folder: Path) -> Any:
     if not isinstance(value, str) or not value:
         return value
+    if key == "publish.encryption_key":
+        return anchored_addresses(value, folder)
+    if key == "publish.key" and is_signer_uri(value):
+        return value
     is_file = key in _FILES or key.endswith("].path") or (key == "base_model" and value[0] == ".")
     return str(folder / value) if is_file else value
 
@@ -213,6 +228,10 @@ def _value(kind: Any, value: Any, *, key: str, folder: Path) -> Any:
             _value(arguments[0], item, key=f"{key}[{n}]", folder=folder) for n, item in enumerate(value)
         )
     if origin is Literal:
+        if type(value) is bool and {"on", "off"} <= set(
+            arguments
+        ):  # YAML reads a bare on or off as true or false
+            value = "on" if value else "off"
         if value not in arguments:
             raise ConfigError(f"{key} must be one of {', '.join(arguments)}, not {value!r}")
         return value
@@ -257,5 +276,3 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"{key} must be from {low:g} to {high:g}, not {value:g}")
     if not config.data:
         raise ConfigError("data must name at least one file")
-    if config.publish.ref and not (config.publish.registry and config.publish.key):
-        raise ConfigError("publish.ref needs publish.registry and publish.key as well")

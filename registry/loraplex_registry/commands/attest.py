@@ -14,7 +14,10 @@ from .options import REFERENCE_HELP
 from .session import Result, Session
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..lifecycle.amend import Amended
+    from ..lifecycle.content import Statement
     from ..signing import Signer
     from ..trust.verdict import VerifiedManifest
 
@@ -128,22 +131,20 @@ def push_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pushed_predicates(session: Session) -> list[dict[str, Any]]:
-    """Return the predicates of `registry push --attest`; read before anything is published.
+def pushed_statements(session: Session, signers: Sequence[Signer]) -> list[Statement]:
+    """Return the statements of `registry push --attest`, to be signed by the push's first key or the settings'.
 
     Raises:
         SettingsError: as `predicate_in`, or the type is not acceptable.
     """
+    from ..lifecycle.content import Statement
     from ..signing.attestations import check_predicate
 
+    kind = session.arguments.attest_type
     predicates = [predicate_in(Path(name)) for name in session.arguments.attest]
     for predicate in predicates:
-        check_predicate(session.arguments.attest_type, predicate)
-    return predicates
-
-
-def attach_pushed(session: Session, version: str, predicates: list[dict[str, Any]], signer: Signer) -> None:
-    """Attach the statements of `registry push --attest` to the version just pushed, `acme/orders@3`."""
-    verified = verified_but_for_attestations(session, version)
-    for predicate in predicates:
-        attach_recorded(session, verified, session.arguments.attest_type, predicate, signer)
+        check_predicate(kind, predicate)
+    if not predicates:
+        return []
+    signer = signers[0] if signers else session.signer()
+    return [Statement(kind, predicate, signer) for predicate in predicates]

@@ -1,18 +1,25 @@
-"""`registry audit`: what was done to a tenant's adapters, by which key, and proof that nobody rewrote it."""
+"""`registry audit`: what was done to a tenant's adapters, by which key, and proof that nobody rewrote it.
+
+`verify` tells three things apart: the log was tampered with (DIGEST_MISMATCH, exit code 8); it is whole, but has
+entries of keys that the policy does not list (SIGNATURE_INVALID, 5), or of keys outside their dates (EXPIRED, 6). A key
+that is retired now is judged by the time of its entries.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import datetime as dt
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import DamagedError
-from ..lifecycle.audit import AuditEntry, AuditLog, reconcile
+from ..errors import DamagedError, ExpiredError, SignatureInvalidError
+from ..lifecycle.audit import AuditLog
+from ..lifecycle.audit_check import reconcile
+from ..lifecycle.audit_entry import AuditEntry
 from ..refs import AdapterRef
 from ..registry import Registry
-from ..signing import PublicKey
-from ..trust.verdict import TrustPolicy
+from ..trust.policy import TrustedKey, TrustPolicy
 from .options import common_options
 from .session import Result, Session
 
@@ -55,15 +62,29 @@ def _log(session: Session, log: AuditLog) -> Result:
 
 
 def _verify(session: Session, log: AuditLog, tenant: str) -> Result:
-    report = log.verify(_known_keys(session.policy(), tenant).get)
+    known = _known_keys(session.policy(), tenant)
+    report = log.verify(
+        lambda keyid: known[keyid][0].key if keyid in known else None,
+        dates=lambda keyid, at: _require_counted(known[keyid], at),
+    )
     findings = list(report.findings)
     if session.arguments.expect:
         findings += _cut(log, session.arguments.expect)
     if session.arguments.reconcile:
         findings += reconcile(log.entries(), _held(session.registry(), tenant))
     if findings:
-        shown = "; ".join(findings[:5]) + ("" if len(findings) <= 5 else f"; and {len(findings) - 5} more")
-        raise DamagedError(f"The audit log of {tenant} is not whole: {shown}.")
+        raise DamagedError(f"The audit log of {tenant} is not whole: {_shown(findings)}.")
+    if report.unknown:
+        raise SignatureInvalidError(
+            f"No entry of the audit log of {tenant} is missing or altered, but the policy does not list who signed "
+            f"some: {_shown(report.unknown)}. Was it a key of yours, put its entry with its `to` date back "
+            "into the policy that this command uses."
+        )
+    if report.outdated:
+        raise ExpiredError(
+            f"No entry of the audit log of {tenant} is missing or altered, but some are signed by keys that did not "
+            f"count then: {_shown(report.outdated).rstrip('.')}. Ask who used them."
+        )
     result: dict[str, Any] = {"tenant": tenant, "entries": report.entries, "head": report.head}
     return result, [
         f"the audit log of {tenant} is whole: {report.entries} entries",
@@ -71,14 +92,32 @@ def _verify(session: Session, log: AuditLog, tenant: str) -> Result:
     ]
 
 
-def _known_keys(policy: TrustPolicy, tenant: str) -> dict[str, PublicKey]:
+def _shown(findings: Sequence[str]) -> str:
+    return "; ".join(findings[:5]) + ("" if len(findings) <= 5 else f"; and {len(findings) - 5} more")
+
+
+def _known_keys(policy: TrustPolicy, tenant: str) -> dict[str, list[TrustedKey]]:
     """Return every key the policy names for a tenant, whatever it may sign: an entry only says who did something."""
-    known: dict[str, PublicKey] = {}
+    known: dict[str, list[TrustedKey]] = {}
     for rule in policy.rules_of(tenant):
-        of_tags = [item for _, tag in rule.tags for item in tag.taggers or ()]
-        for item in (*rule.keys, *rule.taggers, *rule.revokers, *of_tags):
-            known[item.key.keyid] = item.key
+        others = [item for _, tag in rule.tags for item in tag.taggers or ()]
+        others += [item for attestation in rule.attestations for item in attestation.keys]
+        for item in (*rule.keys, *rule.taggers, *rule.revokers, *others):
+            known.setdefault(item.key.keyid, []).append(item)
     return known
+
+
+def _require_counted(entries: Sequence[TrustedKey], at: dt.datetime) -> None:
+    """Raise ExpiredError unless one of a key's entries in the policy counts at a time."""
+    refusals = []
+    for item in entries:
+        try:
+            item.check(at)
+        except ExpiredError as error:
+            refusals.append(error)
+        else:
+            return
+    raise ExpiredError(refusals[0].message.partition(";")[0])
 
 
 def _cut(log: AuditLog, expected: str) -> list[str]:

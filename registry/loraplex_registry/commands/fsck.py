@@ -11,22 +11,25 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ..configured import open_configured
 from ..encryption.key_providers import KeyRing
 from ..errors import InvalidReferenceError, RegistryError, SettingsError
 from ..format.manifest import MANIFEST_BYTES_MAX, Manifest
-from ..format.record import CommittedRecord
 from ..lifecycle import repair
 from ..lifecycle.content import Sealer
 from ..lifecycle.findings import Finding, Report
 from ..lifecycle.fsck import check
-from ..lifecycle.fsck_adapter import Depth, Judge, Opener, opener_of
+from ..lifecycle.fsck_adapter import Depth, Opener, opener_of
 from ..refs import AdapterRef, parse_version
 from ..registry import utc_now
-from ..storage.store import Store, open_store
+from ..storage.store import Store
 from ..validation.weights import MANIFEST_NAME, read_small
 from .session import Listing, Session
+
+if TYPE_CHECKING:
+    from ..lifecycle.judging import PolicyJudge
 
 _MENDABLE = frozenset({"blob-missing", "blob-size", "blob-content"})
 
@@ -35,7 +38,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("scope", metavar="TENANT[/ADAPTER]", nargs="?", help="default: everything")
     parser.add_argument("--deep", action="store_true", help="read and hash every blob")
-    parser.add_argument("--signatures", action="store_true", help="judge signatures by the trust policy too")
+    parser.add_argument(
+        "--signatures",
+        action="store_true",
+        help="judge versions, tags and revocation lists by the trust policy too",
+    )
     parser.add_argument("--repair", action="store_true", help="finish what died half-way")
     parser.add_argument(
         "--from", metavar="DIR|REGISTRY", dest="source", help="with --repair: a good copy of what is damaged"
@@ -60,7 +67,12 @@ def run(session: Session) -> Listing:
         raise SettingsError("--from says where to repair from; give --repair too.")
     judge = _judge(session) if given.signatures or (given.repair and given.source) else None
     depth = Depth(
-        utc_now(), deep=given.deep, judge=judge if given.signatures else None, opener=_opener(session)
+        utc_now(),
+        deep=given.deep,
+        opener=_opener(session),
+        judge=judge.version if judge is not None and given.signatures else None,
+        judge_tag=judge.tag if judge is not None and given.signatures else None,
+        judge_list=judge.revocations if judge is not None and given.signatures else None,
     )
     tenant, ref = _scope(session)
     report = check(store, depth, tenant=tenant, ref=ref)
@@ -101,7 +113,8 @@ def _summary(report: Report) -> str:
 
 def _line(finding: dict[str, Any]) -> str:
     advice = f"  [{finding['advice']}]" if finding["advice"] else ""
-    return f"{finding['severity']:<8} {finding['code']:<22} {finding['key']}  {finding['reason']}{advice}"
+    refusal = f"{finding['refusal']}: " if finding["refusal"] else ""
+    return f"{finding['severity']:<8} {finding['code']:<22} {finding['key']}  {refusal}{finding['reason']}{advice}"
 
 
 def _opener(session: Session) -> Opener | None:
@@ -120,29 +133,25 @@ def _sealer(session: Session) -> Sealer | None:
     return RingSealer(ring)
 
 
-def _judge(session: Session) -> Judge:
-    from ..trust.verdict import verify
+def _judge(session: Session) -> PolicyJudge:
+    from ..lifecycle.judging import PolicyJudge
 
-    policy = session.policy()
-
-    def judge(ref: AdapterRef, record: CommittedRecord) -> None:
-        assert ref.version is not None
-        verify(ref, version=ref.version, record=record, tag=None, policy=policy, now=utc_now())
-
-    return judge
+    registry = session.registry()
+    return PolicyJudge(registry, session.policy(), marks=session.marks(registry))
 
 
-def _repair(session: Session, store: Store, report: Report, judge: Judge | None) -> list[str]:
+def _repair(session: Session, store: Store, report: Report, judge: PolicyJudge | None) -> list[str]:
     """Do what can be done and say it; what cannot be done stays a finding."""
     done = repair.finish(store, report.findings, by="fsck --repair", now=utc_now())
+    _settle_tags(session, store, report, done)
     if session.arguments.source is None or judge is None:
         return done
     source = session.arguments.source
     directory = Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
-    other = None if directory is not None else open_store(source, endpoint_url=session.settings.endpoint_url)
+    other = None if directory is not None else open_configured(session.settings, source)
     for ref in _refs(report.of("record-unreadable")):
         if other is not None:
-            restore = functools.partial(repair.restore_record, store, ref, other, judge)
+            restore = functools.partial(repair.restore_record, store, ref, other, judge.version)
             _try(session, done, ref, restore, "its record was restored")
     for ref in _refs([finding for finding in report.findings if finding.code in _MENDABLE]):
         good = _good_copy(directory, other, ref, _opener(session))
@@ -150,6 +159,43 @@ def _repair(session: Session, store: Store, report: Report, judge: Judge | None)
             mend = functools.partial(repair.mend_version, store, ref, good, sealer=_sealer(session))
             _try(session, done, ref, mend, "its files were stored again")
     return done
+
+
+def _settle_tags(session: Session, store: Store, report: Report, done: list[str]) -> None:
+    """Put back the tags whose mover died after their version was deleted; needs a key and a policy that believes it."""
+    # One that may have been put back by somebody is not signed on top of.
+    doubted = {finding.key for code in ("tag-rolled-back", "tag-behind-log") for finding in report.of(code)}
+    dangling = [
+        finding
+        for finding in report.of("tag-dangling")
+        if finding.severity == "warning" and finding.key not in doubted
+    ]
+    if not dangling or not session.settings.policy or not session.settings.key:
+        return
+    from ..lifecycle.settling import SETTLED, settle_tag
+
+    judge, signer = _judge(session), session.signer()
+    for finding in dangling:
+        ref = repair.ref_of(finding.key)
+        settle = functools.partial(
+            settle_tag,
+            store,
+            ref,
+            signer,
+            now=utc_now(),
+            judge_statement=judge.statement,
+            judge_version=judge.version,
+        )
+        if _signs_alone(session, ref, signer.keyid):
+            _try(session, done, ref, settle, SETTLED)
+        else:
+            done.append(f"{ref}: its taggers must move it; this key alone is not enough")
+
+
+def _signs_alone(session: Session, ref: AdapterRef, keyid: str) -> bool:
+    assert ref.tag is not None
+    needed = session.policy().rule_for(ref.tenant, ref.adapter).tag_rule(ref.tag)
+    return needed.threshold == 1 and keyid in {item.key.keyid for item in needed.taggers or ()}
 
 
 def _try(session: Session, done: list[str], ref: AdapterRef, work: Callable[[], object], what: str) -> None:

@@ -1,4 +1,4 @@
-"""`registry gc`: find, and with `--apply` remove, the blobs that no version can ever refer to.
+"""`registry gc`: find, and with `--apply` remove, the blobs that no version can ever refer to, and unfinished uploads.
 
 Safe while pushes, pulls and other collections run. Without `--apply` nothing is changed.
 """
@@ -23,7 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=GRACE_S / 3600,
         metavar="HOURS",
-        help="leave alone what is younger; default %(default)g",
+        help="hours, 0.5 is half of one; what dead pushes and deleted versions left more recently than that is left "
+        "alone, so that slow pushes and downloads under way end well; default %(default)g",
     )
 
 
@@ -61,6 +62,30 @@ def _result(done: Collection) -> dict[str, object]:
             }
             for verdict in done.dead
         ],
+        "uploads": _uploads_result(done),
+    }
+
+
+def _uploads_result(done: Collection) -> dict[str, object]:
+    total = done.dead_uploads_total()
+    return {
+        "seen": not done.uploads_unseen,
+        "uploads": total.groups,
+        "size_bytes": total.size_bytes,
+        "reasons": {
+            reason: {"uploads": tally.groups, "size_bytes": tally.size_bytes}
+            for reason, tally in sorted(done.uploads.items())
+        },
+        "dead": [
+            {
+                "ref": str(verdict.ref),
+                "pid": verdict.pid,
+                "reason": verdict.reason,
+                "size_bytes": verdict.upload.size,
+                "started": int(verdict.upload.started_s),
+            }
+            for verdict in done.dead_uploads
+        ],
     }
 
 
@@ -76,4 +101,23 @@ def _lines(done: Collection) -> list[str]:
         for reason, tally in sorted(done.tallies.items())
     ]
     verb = "removed" if done.applied else "would be removed; run it with --apply"
-    return [*lines, f"{total.blobs} blobs, {readable(total.size_bytes)} {verb}"]
+    return [*lines, *_upload_lines(done, verb), f"{total.blobs} blobs, {readable(total.size_bytes)} {verb}"]
+
+
+def _upload_lines(done: Collection, verb: str) -> list[str]:
+    """Return what is to be said about unfinished uploads; nothing when there are none."""
+    if done.uploads_unseen:
+        return [f"unfinished uploads could not be looked at: {done.uploads_unseen}"]
+    lines = [
+        f"  {verdict.ref}  push {verdict.pid[:8]}…  {verdict.reason}  unfinished upload, "
+        f"{readable(verdict.upload.size)}"
+        for verdict in done.dead_uploads
+    ]
+    lines += [
+        f"{reason:<18} {tally.groups} unfinished uploads, {readable(tally.size_bytes)}"
+        for reason, tally in sorted(done.uploads.items())
+    ]
+    total = done.dead_uploads_total()
+    if total.groups:
+        lines.append(f"{total.groups} unfinished uploads, {readable(total.size_bytes)} {verb}")
+    return lines

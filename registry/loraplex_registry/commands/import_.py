@@ -23,8 +23,8 @@ from ..registry import utc_now
 from ..signing import bundle_keyid
 from ..validation.base import BaseModel
 from ..validation.weights import BUNDLE_NAME
-from .options import REFERENCE_HELP
-from .push import base_for, published_lines, published_result, record_published
+from .options import FIRST_SIGNS_VERSION, REFERENCE_HELP, keys_option
+from .push import base_for, published_lines, published_result
 from .session import Result, Session
 
 
@@ -45,13 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BASE",
         help="of a PEFT directory: base model directory or base card; default as with registry push",
     )
-    parser.add_argument(
-        "--key",
-        metavar="KEY",
-        action="append",
-        dest="keys",
-        help="private key: a file, or a key service's address; of several the first signs the version, all the tag",
-    )
+    keys_option(parser, FIRST_SIGNS_VERSION)
     parser.add_argument(
         "--select", metavar="NAME", help="of a layout with several manifests: the one with this name"
     )
@@ -85,18 +79,18 @@ def _import_signed(session: Session, place: Path, attest: tuple[dict[str, Any], 
             attest=attest,
             progress=bar,
         )
-        done = registry.publish(
+        done = session.publish(
             place,
             ref,
             signers,
             pulled.base,
+            action="import",
             tag=session.arguments.tag,
             annotations=dict(pulled.verified.manifest.annotations),
             attest=attest,
             signed=signed,
             progress=bar,
         )
-    record_published(session, done, ref, signers, action="import")
     keyid = bundle_keyid(signed.bundle)
     result = {**published_result(done), "keyid": keyid, "left": [], "changed": [], "trained_on": None}
     return result, published_lines(done, ref, verb="imported", keyid=keyid)
@@ -121,8 +115,8 @@ def _import_peft(session: Session, directory: Path, place: Path) -> Result:
     with session.progress() as bar:
         base = base_for(session, directory, bar)
         found = collect(directory, place, base)
-        done = session.registry().publish(place, ref, signers, base, tag=session.arguments.tag, progress=bar)
-    record_published(session, done, ref, signers, action="import")
+        tag = session.arguments.tag
+        done = session.publish(place, ref, signers, base, action="import", tag=tag, progress=bar)
     result = {
         **published_result(done),
         "left": [{"name": name, "reason": why} for name, why in found.left],

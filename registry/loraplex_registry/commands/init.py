@@ -10,13 +10,15 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import ConflictError
+from .. import durable
+from ..configured import open_configured
+from ..errors import ConflictError, SettingsError
 from ..refs import check_name
 from ..registry import utc_now
-from ..settings import Settings, config_directory, data_directory, settings_path
-from ..signing import generate_key, load_public_key
+from ..settings import Settings, config_directory, data_directory, load_settings, settings_path
+from ..signing import PublicKey, generate_key, load_public_key
+from ..signing.keys import write_new
 from ..storage.root_marker import initialise
-from ..storage.store import open_store
 from .session import Result, Session
 
 
@@ -35,17 +37,16 @@ def run(session: Session) -> Result:
             raise ConflictError(
                 f"{path} exists and is for tenant {session.settings.tenant}; edit it, or remove it first."
             )
-        return _made_elsewhere(session, path)
+        return _made_before(session, path, tenant)
     place = config_directory(session.environment)
     url = session.settings.registry or (data_directory(session.environment) / "registry").as_uri()
     key = place / "keys" / f"{tenant}.key"
     public = key.with_suffix(".pub")
-    keyid = (load_public_key(public) if public.exists() else generate_key(key)).keyid
-    made = _make_registry(session, url)
+    keyid = _key_pair(session, key, public).keyid
+    url, made = _make_registry(session, url)
     policy = place / "policy.toml"
-    if not policy.exists():
-        policy.write_text(_policy_text(tenant), encoding="utf-8")
-    path.write_text(_settings_text(tenant, url, session.settings), encoding="utf-8")
+    _write_policy(policy, tenant)
+    _write(path, _settings_text(tenant, url, session.settings))
     result = {
         "settings": str(path),
         "created": True,
@@ -65,17 +66,72 @@ def run(session: Session) -> Result:
     ]
 
 
-def _made_elsewhere(session: Session, path: Path) -> Result:
-    """Keep the settings; make the registry they or the command line name, when it is not there yet."""
-    url = session.settings.require("registry", option="--registry")
-    made = _make_registry(session, url)
-    lines = [f"{path} exists and was not changed.", f"registry  {url}{'' if made else ' was there already'}"]
-    return {"settings": str(path), "created": False, "registry": url, "registry_created": made}, lines
+def _made_before(session: Session, path: Path, tenant: str) -> Result:
+    """Keep the settings; make what they or the command line name and what is not there yet: registry and policy."""
+    configured = load_settings(session.environment).registry
+    url, made = _make_registry(session, session.settings.require("registry", option="--registry"))
+    lines = [
+        f"{path} exists and was not changed.",
+        f"registry  {url} {'made' if made else 'was there already'}",
+    ]
+    if configured is not None and open_configured(session.settings, configured).url != url:
+        lines.append(f"Give --registry {url} to use it; the settings name {configured}.")
+    policy = path.with_name("policy.toml")
+    ours = session.settings.policy == str(policy) and (path.parent / _public_key(tenant)).exists()
+    trusting = ours and _write_policy(policy, tenant)
+    if trusting:
+        lines.append(f"policy    {policy} made; it trusts {_public_key(tenant)}")
+    result = {
+        "settings": str(path),
+        "created": False,
+        "registry": url,
+        "registry_created": made,
+        "policy_created": trusting,
+    }
+    return result, lines
 
 
-def _make_registry(session: Session, url: str) -> bool:
-    store = open_store(url, endpoint_url=session.settings.endpoint_url, region=session.settings.region)
-    return initialise(store, now=utc_now())
+def _public_key(tenant: str) -> str:
+    return f"keys/{tenant}.pub"
+
+
+def _key_pair(session: Session, key: Path, public: Path) -> PublicKey:
+    """Make a key pair, or complete one that an interrupted run left without its public half."""
+    if public.exists():
+        return load_public_key(public)
+    if not key.exists():
+        return generate_key(key)
+    try:
+        found = session.load_signer(str(key)).public_key
+    except SettingsError as error:
+        raise SettingsError(
+            f"{error.message} Its public half {public} is not there; if the key was never used, remove {key} and run "
+            "`registry init` again."
+        ) from error
+    write_new(public, found.pem.encode("ascii"), mode=0o644)
+    return found
+
+
+def _make_registry(session: Session, url: str) -> tuple[str, bool]:
+    """Make the registry when it is not there yet; return its whole address, and whether it was made."""
+    store = open_configured(session.settings, url)
+    return store.url, initialise(store, now=utc_now())
+
+
+def _write_policy(path: Path, tenant: str) -> bool:
+    if path.exists():
+        return False
+    _write(path, _policy_text(tenant))
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        durable.write_new(path, text.encode("utf-8"), mode=0o644)
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be written ({error.strerror}); make room and run it again."
+        ) from error
 
 
 def _policy_text(tenant: str) -> str:
@@ -85,8 +141,8 @@ default = "deny"
 
 [[rules]]
 scope = "{tenant}/**"
-keys = [{{ path = "keys/{tenant}.pub" }}]
-revokers = [{{ path = "keys/{tenant}.pub" }}]
+keys = [{{ path = "{_public_key(tenant)}" }}]
+revokers = [{{ path = "{_public_key(tenant)}" }}]
 """
 
 

@@ -11,9 +11,11 @@ from ..registry import utc_now
 from ..settings import settings_path
 from ..signing.keys import PublicKey, generate_key, load_public_key, write_new
 from ..signing.signers import is_signer_uri, load_signer
+from ..trust.policy import TrustPolicy
 from ..trust.rotation import replace_text, rotated
 from .key_list import current_key
 from .passphrases import new_passphrase
+from .policy import list_findings
 from .session import Result, Session
 
 
@@ -38,7 +40,7 @@ def run(session: Session) -> Result:
             Path(private).unlink(missing_ok=True)
             public.unlink(missing_ok=True)
         raise
-    settings_changed = _point_settings(session, private)
+    settings_changed, lists = _point_settings(session, private), _lists(session, policy)
     result = {
         "old_keyid": old.keyid,
         "old_until": f"{done.old_until:%Y-%m-%dT%H:%M:%SZ}",
@@ -48,16 +50,29 @@ def run(session: Session) -> Result:
         "policy": str(policy),
         "scopes": list(done.scopes),
         "settings_changed": settings_changed,
+        "revocation_lists": lists,
     }
     lines = [
         f"new key  {private} ({new.keyid[:16]}…) counts from now for {', '.join(done.scopes)}",
         f"old key  {old.keyid[:16]}… counts until {done.old_until:%Y-%m-%d %H:%M} UTC",
         f"policy   {policy} was changed; bring it to every server before you push with the new key",
-        "Next: registry resign; with a revocation list also registry revoke --refresh TENANT, by the new key",
+        "Next: registry resign, which signs adapters, tags and the revocation list with the new key",
+        *(f"lists    {sentence}" for sentence in lists),
     ]
     if not settings_changed:
         lines.insert(3, f"settings do not name the new key yet; set key = {private!r} or give --key")
     return result, lines
+
+
+def _lists(session: Session, policy: Path) -> list[str]:
+    """Say which revocation lists the old key signed: when its time is over, nothing of their tenants is accepted."""
+    if not session.settings.registry:
+        return []
+    try:
+        found = list_findings(session, TrustPolicy.load(policy))
+    except RegistryError as error:  # the key is rotated, whatever the storage says
+        return [f"could not be looked at: {error.message} See `registry policy check --lists`."]
+    return [f"{finding.scope}: {finding.sentence}" for finding in found]
 
 
 def _made_key(session: Session, now: dt.datetime) -> tuple[PublicKey, str, Path]:

@@ -1,5 +1,9 @@
 """`registry ls`: tenants, a tenant's adapters, or an adapter's versions and tags. Nothing listed is verified.
 
+  registry ls                  the tenants
+  registry ls TENANT           a tenant's adapters
+  registry ls TENANT/ADAPTER   an adapter's versions, with the tags on them
+
 Names are printed as they are found, one request per 1000. A name may be a pattern of the shell's: quote it, as in
 `registry ls 'acme/orders-*'`.
 """
@@ -7,9 +11,11 @@ Names are printed as they are found, one request per 1000. A name may be a patte
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
 
 from ..errors import AdapterNotFoundError, InvalidReferenceError
 from ..lifecycle.listing import (
@@ -66,7 +72,7 @@ def run(session: Session) -> Listing:
     if slash or not _is_pattern(tenant):
         return _adapters(session, store, tenant, adapter or "*")
     page = _Page(list_tenants(store, pattern=tenant, after=session.arguments.after or ""), session)
-    return Listing(
+    return _Guided(
         head={},
         name="tenants",
         items=({"tenant": name} for name in page),
@@ -74,7 +80,26 @@ def run(session: Session) -> Listing:
         entry=lambda item: item["tenant"],
         tail=page.tail,
         empty=f"nothing in {store.url} yet; `registry push ./adapter` publishes one." if scope == "*" else "",
+        guide="these are the tenants; `registry ls TENANT` lists a tenant's adapters.",
     )
+
+
+@dataclass
+class _Guided(Listing):
+    """A listing that tells people, beside the output, what it listed and how to go on."""
+
+    guide: str = ""
+
+    def write(self, out: TextIO, *, form: str) -> int:
+        """See `Listing.write`."""
+        self.items = iter(self.items)
+        first = next(self.items, None)
+        if first is not None:
+            self.items = itertools.chain([first], self.items)
+        code = super().write(out, form=form)
+        if first is not None and form == "text":
+            print(f"registry: {self.guide}", file=sys.stderr)
+        return code
 
 
 def _is_pattern(text: str) -> bool:
@@ -120,7 +145,7 @@ def _adapters(session: Session, store: Store, tenant: str, pattern: str) -> List
         else "",
         empty=(
             f"no adapter of tenant {tenant!r} in {store.url}; `registry ls` lists tenants, `registry ls "
-            "TENANT/ADAPTER` an adapter's versions."
+            f"{session.settings.tenant or 'TENANT'}/ADAPTER` an adapter's versions."
         ),
     )
 

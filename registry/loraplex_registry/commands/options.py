@@ -1,4 +1,4 @@
-"""Options that every command has."""
+"""Options that every command has, and those that several share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Final
 REFERENCE_HELP: Final = (
     "tenant/adapter, followed by @tag, @3, @1.2.0 or @sha256:… if need be; the tenant may be left out when the "
     "settings name one"
+)
+
+ALL_SIGN: Final = "private key; may be repeated, all sign"
+FIRST_SIGNS_VERSION: Final = (
+    "private key: a file, or a key service's address; of several the first signs the version, all the tag"
 )
 
 _TEXTS: Final = {
@@ -23,6 +28,11 @@ _SWITCHES: Final = {
     "--json": "print one JSON object, on errors too",
     "--quiet": "print nothing but errors, and no progress",
 }
+
+
+def keys_option(parser: argparse.ArgumentParser, text: str = ALL_SIGN) -> None:
+    """Add `--key`, which may be repeated, as `keys`; see `Session.signers`."""
+    parser.add_argument("--key", metavar="KEY", action="append", dest="keys", help=text)
 
 
 def common_options(*, defaults: bool = False) -> argparse.ArgumentParser:

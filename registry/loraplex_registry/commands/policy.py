@@ -11,7 +11,7 @@ from ..registry import utc_now
 from ..trust.explain import explain
 from ..trust.marks import FrozenMarks
 from ..trust.policy import TrustPolicy
-from ..trust.policy_lint import Finding, lint
+from ..trust.policy_lint import Finding, lint, lint_list
 from ..validation.base import CARD_NAME, BaseModel
 from .options import REFERENCE_HELP, common_options
 from .session import Result, Session
@@ -28,6 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="load the policy and every key, and say what is probably not meant",
     )
     check.add_argument("--strict", action="store_true", help="exit 6 when there is an error or a warning")
+    check.add_argument(
+        "--lists",
+        action="store_true",
+        help="also look at the revocation list of each tenant in the registry: who signed it, and for how long that "
+        "counts",
+    )
     told = actions.add_parser(
         "explain", parents=[common_options()], help="print the rule that decides, and every check in order"
     )
@@ -44,6 +50,8 @@ def _check(session: Session) -> Result:
     path = Path(session.settings.require("policy", option="--policy"))
     policy = TrustPolicy.load(path)
     findings = lint(policy, now=utc_now()) + _file_mode(path)
+    if session.arguments.lists:
+        findings = list_findings(session, policy) + findings
     serious = [finding for finding in findings if finding.level != "note"]
     if serious and session.arguments.strict:
         raise PolicyRefusedError(
@@ -60,6 +68,18 @@ def _check(session: Session) -> Result:
     return result, [
         f"{path}  {len(policy.rules)} rules  {policy.digest}",
         *(f"  {item}" for item in findings),
+    ]
+
+
+def list_findings(session: Session, policy: TrustPolicy) -> list[Finding]:
+    """Return what is wrong, or soon will be, with how the tenants' revocation lists are signed: one request each."""
+    registry, now = session.registry(), utc_now()
+    scopes = {rule.scope.partition("/")[0] for rule in policy.rules if rule.revokers}
+    tenants = registry.tenants() if "**" in scopes else sorted(scopes)
+    return [
+        finding
+        for tenant in tenants
+        for finding in lint_list(policy, tenant, registry.revocations(tenant), now=now)
     ]
 
 

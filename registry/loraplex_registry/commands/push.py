@@ -7,20 +7,21 @@ connection, run the same command again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingsError
+from ..errors import SettingsError, UnsupportedAdapterError
 from ..lifecycle.content import Signed
 from ..lifecycle.presigned import read_signed, require_trusted
 from ..lifecycle.tagging import parse_expect
 from ..progress import ProgressBar, readable
 from ..refs import AdapterRef
 from ..registry import Published, utc_now
-from ..signing import Signer, bundle_identity
+from ..signing import bundle_identity
 from ..validation.base import CARD_NAME, BaseModel
-from .attest import attach_pushed, push_options, pushed_predicates
+from .attest import push_options, pushed_statements
+from .options import FIRST_SIGNS_VERSION, keys_option
 from .session import Result, Session
 
 
@@ -55,13 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BASE",
         help="base model directory or base card; default: base_model.json in DIR, then settings",
     )
-    parser.add_argument(
-        "--key",
-        metavar="KEY",
-        action="append",
-        dest="keys",
-        help="private key: a file, or a key service's address; of several the first signs the version, all the tag",
-    )
+    keys_option(parser, FIRST_SIGNS_VERSION)
     parser.add_argument(
         "--signature",
         metavar="FILE",
@@ -80,13 +75,13 @@ def run(session: Session) -> Result:
         annotations |= dict(signed.manifest.annotations)
     # What was signed elsewhere needs a key of ours for the tag alone.
     signers = [] if signed is not None and not (session.arguments.tag or ref.tag) else session.signers()
-    predicates = pushed_predicates(session)
+    statements = pushed_statements(session, signers)
     expect = session.arguments.expect
-    if tag := session.arguments.tag or ref.tag:
-        session.tag_to_move(ref, tag)
+    if expect is not None and not (session.arguments.tag or ref.tag):
+        raise SettingsError("--expect says what a tag must be before it moves; give --tag TAG too.")
     with session.progress() as bar:
         base = base_for(session, directory, bar)
-        done = session.registry().publish(
+        done = session.publish(
             directory,
             ref,
             signers,
@@ -95,34 +90,27 @@ def run(session: Session) -> Result:
             expect=None if expect is None else parse_expect(expect),
             annotations=annotations,
             signed=signed,
+            statements=statements,
+            resumables=session.resumables(_resuming(session, bar)),
             progress=bar,
         )
-    record_published(session, done, ref, signers, action="push")
-    if predicates:
-        signer = signers[0] if signers else session.signer()
-        attach_pushed(session, f"{ref.name}@{done.version}", predicates, signer)
+    for kind in done.attested:
+        name = f"{ref.name}@{done.version}"
+        session.record("attest", name, statements[0].signer, digest=done.digest, type=kind[:100])
     keyid = done.keyid if signed is None else bundle_identity(signed.bundle).keyid
     result = {**published_result(done), "keyid": keyid}
     return result, published_lines(done, ref, verb="pushed", keyid=keyid)
 
 
-def record_published(
-    session: Session, done: Published, ref: AdapterRef, signers: Sequence[Signer], *, action: str
-) -> None:
-    """Record in the audit log what was published, and the tag that was moved, under the key that did it."""
-    if not signers:
-        return
-    if done.created:
-        session.record(action, f"{ref.name}@{done.version}", signers[0], digest=done.digest)
-    if done.tag_moved:
-        session.record(
-            "tag",
-            f"{ref.name}@{done.tag}",
-            signers[0],
-            version=done.version,
-            generation=done.tag_generation,
-            digest=done.digest,
-        )
+def _resuming(session: Session, bar: ProgressBar) -> Callable[[int, int], None]:
+    """Return what tells people, beside the output, that an interrupted push is gone on with."""
+
+    def told(there: int, parts: int) -> None:
+        if not getattr(session.arguments, "quiet", False):
+            bar.close()  # it draws itself again
+            print(f"registry: resuming: {there} of {parts} parts are there", file=session.stderr)
+
+    return told
 
 
 def _signed(session: Session, directory: Path) -> Signed | None:
@@ -154,6 +142,8 @@ def published_result(done: Published) -> dict[str, Any]:
         "tag": done.tag,
         "tag_moved": done.tag_moved,
         "tag_generation": done.tag_generation,
+        "encrypted": done.encrypted,
+        "attested": list(done.attested),
     }
 
 
@@ -165,6 +155,9 @@ def published_lines(done: Published, ref: AdapterRef, *, verb: str, keyid: str |
         f"  signed  {(keyid or done.keyid)[:16]}…",
         f"  size    {readable(done.size_bytes)} in {done.requests} requests",
     ]
+    if done.encrypted:
+        lines.append("  stored  encrypted")
+    lines += [f"  attest  {kind}" for kind in done.attested]
     if done.tag is not None:
         what = "moved here" if done.tag_moved else "points here already"
         lines.append(f"  tag     {done.tag} {what}, generation {done.tag_generation}")
@@ -177,6 +170,8 @@ def base_for(session: Session, directory: Path, bar: ProgressBar) -> BaseModel:
     if named is None and (directory / CARD_NAME).is_file():
         return BaseModel.load(directory / CARD_NAME)
     place = named or session.settings.base
+    if not directory.is_dir():
+        raise UnsupportedAdapterError(f"{directory} is no directory; name the one with the adapter's files.")
     if place is None:
         raise SettingsError(
             f"The base model of {directory} is not known: it holds no {CARD_NAME}; give --base DIR, or set base in "

@@ -2,7 +2,8 @@
 
 Every committed version and tag of the scope is verified under the policy first; what is not trusted is reported and
 left alone. Versions keep their digest and nothing is downloaded. A tag is signed again as its next generation. Tags
-that need several signatures are left to their signers.
+that need several signatures are left to their signers. The tenant's revocation list, whose signer must be one of the
+policy's revokers or nothing of the tenant is believed, is signed again too, first of all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .session import Result, Session
 
 if TYPE_CHECKING:
+    from ..lifecycle.resigning import ResignedList
     from ..refs import AdapterRef
     from ..storage.store import Store
 
@@ -41,7 +43,11 @@ def run(session: Session) -> Result:
     marks = session.marks(session.registry())
     resigner = Resigner(store, session.policy(), signer, marks=marks, as_of=_as_of(session), dry_run=dry_run)
     done: dict[str, list[Any]] = {RESIGNED: [], UNCHANGED: [], LEFT: []}
-    for ref in _adapters(session, store):
+    tenant, adapters = _scope(session, store)
+    listed = resigner.revocations(tenant)
+    if listed is not None and listed.outcome == RESIGNED and not dry_run:
+        session.record("revoke", tenant, signer, serial=listed.serial)
+    for ref in adapters:
         for item in resigner.adapter(ref):
             left = {"ref": str(item.ref), "code": item.code, "reason": item.reason}
             done[item.outcome].append(left if item.outcome == LEFT else str(item.ref))
@@ -51,20 +57,41 @@ def run(session: Session) -> Result:
     lines = [f"{word} {name}" for name in done[RESIGNED]]
     lines += [f"left alone {item['ref']}: {item['reason']}" for item in done[LEFT]]
     lines.append(f"{len(done[RESIGNED])} {word}, {len(done[UNCHANGED])} had this key's signature already")
-    return {"keyid": signer.keyid, "dry_run": dry_run, **done}, lines
+    told = None if listed is None else _list_value(listed)
+    return {"keyid": signer.keyid, "dry_run": dry_run, **done, "revocations": told}, [
+        *_list_lines(listed, word),
+        *lines,
+    ]
 
 
-def _adapters(session: Session, store: Store) -> Iterator[AdapterRef]:
+def _list_value(listed: ResignedList) -> dict[str, Any]:
+    return {
+        "tenant": listed.tenant,
+        "outcome": listed.outcome,
+        "serial": listed.serial,
+        "code": listed.code or None,
+        "reason": listed.reason or None,
+    }
+
+
+def _list_lines(listed: ResignedList | None, word: str) -> list[str]:
+    if listed is None or listed.outcome == "unchanged":
+        return []
+    name = f"the revocation list of tenant {listed.tenant}, serial {listed.serial}"
+    return [f"left alone {name}: {listed.reason}" if listed.outcome == "left" else f"{word} {name}"]
+
+
+def _scope(session: Session, store: Store) -> tuple[str, Iterator[AdapterRef]]:
+    """Return the tenant and the adapters that the scope means."""
     from ..lifecycle.listing import list_adapters
-    from ..refs import AdapterRef
+    from ..refs import AdapterRef, check_name
 
     scope = session.arguments.scope or session.settings.require("tenant", option="TENANT")
     tenant, slash, adapter = scope.partition("/")
+    check_name("tenant", tenant)
     if slash:
-        yield AdapterRef(tenant, adapter)
-        return
-    for name in list_adapters(store, tenant):
-        yield AdapterRef(tenant, name)
+        return tenant, iter([AdapterRef(tenant, adapter)])
+    return tenant, (AdapterRef(tenant, name) for name in list_adapters(store, tenant))
 
 
 def _as_of(session: Session) -> dt.datetime | None:

@@ -12,7 +12,7 @@ from ..errors import InvalidReferenceError, SettingsError
 from ..format.moments import written
 from ..refs import check_name
 from ..registry import Registry, utc_now
-from ..signing.keys import is_keyid
+from ..signing.keys import is_keyid, load_public_key
 from ..trust.marks import MemoryMarks
 from ..trust.policy import TrustedKey
 from ..trust.policy_file import seconds
@@ -25,7 +25,11 @@ from .session import Result, Session
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"the version to revoke: {REFERENCE_HELP}")
-    parser.add_argument("--keyid", metavar="KEYID", help="revoke everything signed with this key")
+    parser.add_argument(
+        "--keyid",
+        metavar="KEYID",
+        help="revoke everything signed with this key: 64 hex digits, as registry keys list --json prints them",
+    )
     parser.add_argument("--tenant", metavar="NAME", help="whose list, with --keyid; default the settings'")
     parser.add_argument("--since", metavar="TIME", help="with --keyid: only what was signed from then on")
     parser.add_argument("--reason", metavar="TEXT", help="why, at most 120 characters; anybody can read it")
@@ -37,6 +41,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh", metavar="TENANT", help="sign a tenant's list again, or begin an empty one"
     )
+    parser.add_argument(
+        "--signed-by",
+        metavar="FILE",
+        help="with --refresh: take over the list although the key of this public key file, which signed it, is no "
+        "revoker any more",
+    )
 
 
 def run(session: Session) -> Result:
@@ -45,6 +55,8 @@ def run(session: Session) -> Result:
     wanted = [arguments.ref, arguments.keyid, arguments.list, arguments.refresh]
     if sum(item is not None for item in wanted) != 1:
         raise SettingsError("Name one of REF, --keyid KEYID, --list TENANT and --refresh TENANT.")
+    if arguments.signed_by is not None and arguments.refresh is None:
+        raise SettingsError("--signed-by says whose list to take over; give it with --refresh TENANT.")
     if arguments.list is not None:
         return _list(session, arguments.list)
     if arguments.refresh is not None:
@@ -63,7 +75,7 @@ def _key_entry(session: Session) -> Revocation:
     arguments = session.arguments
     if not is_keyid(arguments.keyid):
         raise InvalidReferenceError(
-            "--keyid is a key id: 64 hex digits, as `registry keys` and `policy explain` show."
+            "--keyid is a key's full id, 64 hex digits; copy it from what `registry keys list --json` prints."
         )
     since = "" if arguments.since is None else written(_moment(arguments.since))
     return Revocation(arguments.reason, keyid=arguments.keyid, since=since)
@@ -111,6 +123,7 @@ def _write(session: Session, tenant: str, entries: list[Revocation]) -> Result:
         lifetime_s=lifetime_s,
         refresh=arguments.refresh is not None,
         marks=session.marks(registry),
+        accept=() if arguments.signed_by is None else [TrustedKey(load_public_key(arguments.signed_by))],
     )
     if changed:
         session.record("revoke", tenant, signer, serial=stored.statement.serial)

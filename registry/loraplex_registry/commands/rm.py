@@ -13,6 +13,7 @@ from ..errors import InvalidReferenceError, SettingsError
 from ..lifecycle.delete import delete_version
 from ..registry import utc_now
 from ..signing import Signer
+from .options import keys_option
 from .session import Result, Session
 
 
@@ -21,9 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", metavar="REF", help="the version, as tenant/adapter@3")
     parser.add_argument("--force", action="store_true", help="remove the tags that point to it (takes a key)")
     parser.add_argument("--reason", default="deleted", metavar="TEXT", help="kept in the tombstone")
-    parser.add_argument(
-        "--key", metavar="KEY", action="append", dest="keys", help="private key; may be repeated, all sign"
-    )
+    keys_option(parser)
 
 
 def run(session: Session) -> Result:

@@ -7,24 +7,19 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
-from ..encryption.key_providers import KeyRing
-from ..errors import ConflictError, RegistryError, SettingsError, StoreError
-from ..lifecycle.tag_state import TagState, read_tag_state
-from ..lifecycle.tagging import TagMove
+from ..configured import ConfiguredRegistry, read_passphrase
+from ..errors import RegistryError
 from ..progress import ProgressBar
-from ..refs import AdapterRef
-from ..registry import Registry, utc_now
-from ..settings import Settings, load_settings, state_directory
-from ..signing import Signer, load_signer
+from ..registry import Registry
+from ..settings import load_settings
+from ..signing import Signer
 from ..storage.root_marker import require_writable
-from ..storage.store import Store, open_store
-from ..trust.marks import FileMarks, Mark, marks_directory
-from ..trust.verdict import TrustPolicy, VerifiedManifest
+from ..storage.store import Store
+from ..trust.verdict import VerifiedManifest
 from ..trust.verifier import Verifier
 
 WRITING: Final = frozenset(
@@ -109,38 +104,29 @@ class Listing:
 Answer = Result | Listing
 
 
-@dataclass(frozen=True)
-class Session:
-    """One run of the command: its arguments, the settings they override, and the terminal."""
+@dataclass(frozen=True, kw_only=True)
+class Session(ConfiguredRegistry):
+    """One run of the command: its arguments, the registry of the settings they override, and the terminal."""
 
     arguments: argparse.Namespace
-    settings: Settings
-    environment: Mapping[str, str]
     stderr: TextIO
-    memo: dict[str, Store] = field(default_factory=dict, repr=False)
 
     @classmethod
     def begin(cls, arguments: argparse.Namespace, environment: Mapping[str, str], stderr: TextIO) -> Session:
         """Read the settings file and lay the command line over it."""
         names = ("registry", "endpoint_url", "region", "policy", "key")
         given = {name: getattr(arguments, name, None) for name in names}
-        return cls(arguments, load_settings(environment).overridden(**given), environment, stderr)
+        settings = load_settings(environment).overridden(**given)
+        return cls(arguments=arguments, settings=settings, environment=environment, stderr=stderr)
 
-    def store(self) -> Store:
-        """Return the storage that is set; for a command that writes, only if it may be written to."""
-        if "store" not in self.memo:
-            url = self.settings.require("registry", option="--registry")
-            store = open_store(url, endpoint_url=self.settings.endpoint_url, region=self.settings.region)
-            if self.arguments.command in PUBLISHING:
-                store.prepare()
-            if self.arguments.command in WRITING:
-                require_writable(store)
-            self.memo["store"] = store
-        return self.memo["store"]
-
-    def registry(self) -> Registry:
-        """Return the registry that is set."""
-        return Registry(self.store(), keys=KeyRing.parse(self.settings.encryption_key))
+    def opened(self) -> Store:
+        """Open the storage that is set; for a command that writes, only if it may be written to."""
+        store = super().opened()
+        if self.arguments.command in PUBLISHING:
+            store.prepare()
+        if self.arguments.command in WRITING:
+            require_writable(store)
+        return store
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[ProgressBar]:
@@ -159,7 +145,7 @@ class Session:
         Raises:
             SettingsError: none is set, or it cannot be read.
         """
-        return self._load(self.settings.require("key", option="--key"))
+        return self.load_signer(self.settings.require("key", option="--key"))
 
     def signers(self) -> list[Signer]:
         """Return the signers of every `--key`, in order; of the key that is set when there is none.
@@ -168,61 +154,7 @@ class Session:
             SettingsError: as `signer`.
         """
         named = getattr(self.arguments, "keys", None)
-        return [self._load(key) for key in named] if named else [self.signer()]
-
-    def _load(self, key: str) -> Signer:
-        return load_signer(key, self.passphrase(self.environment.get("LORAPLEX_KEY_PASSPHRASE_FILE")))
-
-    def record(self, action: str, subject: str, signer: Signer, **detail: object) -> None:
-        """Add an entry to the audit log of the subject's tenant, when the settings say so.
-
-        Args:
-            action: one of `audit.ACTIONS`.
-            subject: what it was done to, as `acme/orders@3`.
-            signer: whose key did it.
-            detail: short facts; those that are None are left out.
-
-        Raises:
-            ConflictError, StoreUnavailableError, StoreRefusedError: it was done, but is not in the log; the sentence
-                says so, and `registry audit verify --reconcile` finds it.
-        """
-        if self.settings.audit != "on":
-            return
-        from ..lifecycle.audit import AuditLog
-
-        texts = {name: str(value) for name, value in detail.items() if value is not None}
-        try:
-            AuditLog(self.store(), subject.partition("/")[0]).append(
-                action, subject, signer, utc_now(), detail=texts
-            )
-        except (ConflictError, StoreError) as error:
-            raise type(error)(
-                f"{action} of {subject} is done, but could not be recorded: {error.message}"
-            ) from error
-
-    def record_move(self, action: str, subject: str, move: TagMove, signers: Sequence[Signer]) -> None:
-        """Add the move of a tag to the audit log, when there was one; see `record`."""
-        if move.moved:
-            statement = move.statement
-            digest = f"sha256:{statement.manifest_sha256}" if statement.manifest_sha256 else None
-            self.record(
-                action,
-                subject,
-                signers[0],
-                version=statement.version,
-                generation=statement.generation,
-                digest=digest,
-            )
-
-    def policy(self) -> TrustPolicy:
-        """Return the trust policy that is set."""
-        return TrustPolicy.load(self.settings.require("policy", option="--policy"))
-
-    def ref(self, text: str) -> AdapterRef:
-        """Return a reference; a name without tenant gets the tenant of the settings."""
-        if "/" not in text.partition("@")[0]:
-            text = f"{self.settings.require('tenant', option='the tenant: TENANT/' + text[:80])}/{text}"
-        return AdapterRef.parse(text)
+        return [self.load_signer(key) for key in named] if named else [self.signer()]
 
     def verified(self, text: str) -> tuple[Registry, VerifiedManifest]:
         """Resolve and verify a reference."""
@@ -233,41 +165,9 @@ class Session:
         """Return what decides whether an adapter may be used, by the policy that is set and what was seen before."""
         return Verifier(registry, self.policy(), marks=self.marks(registry), refresh_s=0)
 
-    def marks(self, registry: Registry) -> FileMarks:
-        """Return what was seen of a registry before, kept in the user's state directory."""
-        return FileMarks(marks_directory(state_directory(self.environment), registry.url))
-
-    def tag_to_move(self, ref: AdapterRef, tag: str) -> TagState | None:
-        """Return a tag as stored, None if it never was, unless its statement is older than one seen here.
-
-        Whoever moved such a tag would sign a second statement of a generation that is taken, which readers refuse.
-
-        Raises:
-            RollbackError: somebody put an older statement back, or took the tag away.
-        """
-        registry, state = self.registry(), read_tag_state(self.store(), ref, tag)
-        if not self.settings.policy:
-            return state
-        taggers = self.policy().rule_for(ref.tenant, ref.adapter).tag_rule(tag).taggers or ()
-        statement = None if state is None else state.statement
-        mark = Mark(0, "", ()) if statement is None else Mark(statement.generation, statement.sha256, ())
-        self.marks(registry).seen(ref.tenant).advanced(
-            f"{ref.adapter}@{tag}", mark, utc_now(), {item.key.keyid for item in taggers}
-        )
-        return state
-
     def passphrase(self, path: str | None) -> str | None:
-        """Return the first line of a passphrase file, None without one. A passphrase is never an argument."""
-        if not path:
-            return None
-        try:
-            with Path(path).open(encoding="utf-8") as file:
-                line = file.readline(4096).rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"Passphrase file {path} cannot be read.") from error
-        if not line:
-            raise SettingsError(f"Passphrase file {path} is empty.")
-        return line
+        """Return the first line of a passphrase file; see `configured.read_passphrase`."""
+        return read_passphrase(path)
 
 
 def verified_result(verified: VerifiedManifest) -> dict[str, Any]:

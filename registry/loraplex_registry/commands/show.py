@@ -26,12 +26,13 @@ def run(session: Session) -> Result:
     resolved = registry.resolve(session.ref(session.arguments.ref))
     manifest = resolved.record.manifest_unverified()
     trusted, reason = _trusted(session, registry, resolved)
-    base, lora = manifest.base_model, manifest.lora
+    base, lora, envelope = manifest.base_model, manifest.lora, resolved.record.encryption
     result = {
         "ref": f"{resolved.ref.name}@{resolved.version}",
         "digest": resolved.digest,
         "verified": trusted,
         "reason": reason,
+        "encryption": None if envelope is None else {"alg": envelope.alg, "kek": envelope.kek},
         "tag_generation": resolved.tag.statement.generation if resolved.tag else None,
         "manifest": parse_canonical(resolved.record.manifest_bytes),
     }
@@ -43,6 +44,7 @@ def run(session: Session) -> Result:
         f"  base      {base.name} {base.digest}",
         f"  lora      rank {lora.rank}, alpha {lora.alpha:g}, {lora.dtype}, {lora.n_params} parameters",
         f"  modules   {', '.join(lora.target_modules)}",
+        *([] if envelope is None else [f"  encrypted with key {envelope.kek}"]),
         *(f"  note      {name}: {text}" for name, text in manifest.annotations),
         *(f"  file      {file.name}  {readable(file.size)}  sha256:{file.sha256}" for file in manifest.files),
     ]

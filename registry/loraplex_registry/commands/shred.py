@@ -1,4 +1,8 @@
-"""`registry shred`: destroy a tenant's encryption keys, so that nobody can read its encrypted versions any more."""
+"""`registry shred`: destroy a tenant's encryption keys, so that nobody can read its encrypted versions any more.
+
+Keys of before a rewrap are not among them. They still open old copies of the data: backups, and the earlier versions
+that a versioned bucket keeps. Destroy those keys too, or those copies.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ from ..errors import DamagedError
 from .session import Result, Session
 
 PENDING_DAYS_DEFAULT = 30
+
+OLD_KEYS = (
+    "Not reached: keys of before a rewrap, and copies of key files. They still open old copies of the data (backups, "
+    "earlier versions in a versioned bucket); destroy those keys too, or those copies."
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +56,7 @@ def run(session: Session) -> Result:
         "beyond": list(plan.beyond),
         "clear": list(plan.clear),
         "damaged": list(plan.damaged),
+        "note": OLD_KEYS,
     }
     lines = [
         *plan.keys,
@@ -54,6 +64,7 @@ def run(session: Session) -> Result:
         *(f"still readable with another key: {ref}" for ref in plan.beyond),
         *(f"not encrypted, delete it: {ref}" for ref in plan.clear),
         *(f"damaged record: {ref}" for ref in plan.damaged),
+        OLD_KEYS,
     ]
     if not session.arguments.apply:
         return result, [*lines, "Nothing was changed; --apply destroys the keys."]

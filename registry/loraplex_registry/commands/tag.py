@@ -2,6 +2,8 @@
 
 Moving back is a move like any other: it gets a new generation. A tag whose rule asks for two signatures is moved with
 `--key A --key B`, or by two people: one runs it with `--sign-only FILE`, the other with `--from FILE --key B`.
+
+A version that is revoked, or whose key is, gets no tag: REVOKED, as readers would be told.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ..refs import AdapterRef, check_tag
 from ..registry import utc_now
 from ..signing import cosign_envelope, envelope_keyids
 from ..storage.store import Store
+from .options import keys_option
 from .session import Result, Session
 
 FILE_BYTES_MAX: Final = 1 << 20
@@ -46,9 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expires", metavar="WHEN", help="not believed after 2026-12-31T00:00:00Z, or after 12h, 30d, 8w"
     )
-    parser.add_argument(
-        "--key", metavar="KEY", action="append", dest="keys", help="private key; may be repeated, all sign"
-    )
+    keys_option(parser)
     parser.add_argument("--sign-only", metavar="FILE", help="write the signed statement, move nothing")
     parser.add_argument(
         "--from", metavar="FILE", dest="source", help="add a signature to this statement, then move"
@@ -65,6 +66,7 @@ def run(session: Session) -> Result:
     check_tag(given.tag)
     store = session.store()
     ref, target = _target(store, session.ref(given.ref))
+    session.require_unrevoked(AdapterRef(ref.tenant, ref.adapter, version=target.version), target.record)
     known = session.tag_to_move(ref, given.tag)
     now = utc_now()
     expires = _expires(given.expires, now)
@@ -144,6 +146,9 @@ def _from_file(session: Session, path: Path) -> Result:
             envelope = cosign_envelope(envelope, signer)
         return _written(Path(session.arguments.sign_only), envelope)
     ref = AdapterRef(statement.tenant, statement.adapter)
+    if statement.version is not None:
+        place = AdapterRef(ref.tenant, ref.adapter, version=statement.version)
+        session.require_unrevoked(place, find_target(session.store(), place).record)
     keyids = [*envelope_keyids(envelope), *(signer.keyid for signer in signers)]
     _require_enough(session, ref, statement.tag, keyids)
     move = move_proposed(session.store(), envelope, signers, now=utc_now())

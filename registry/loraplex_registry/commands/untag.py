@@ -7,6 +7,7 @@ import argparse
 from ..errors import AdapterNotFoundError, InvalidReferenceError
 from ..lifecycle.tagging import parse_expect, untag
 from ..registry import utc_now
+from .options import keys_option
 from .session import Result, Session
 from .tag import moved_result
 
@@ -17,9 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expect", metavar="NOW", help="only if the tag is at this generation, digest or semantic version"
     )
-    parser.add_argument(
-        "--key", metavar="KEY", action="append", dest="keys", help="private key; may be repeated, all sign"
-    )
+    keys_option(parser)
 
 
 def run(session: Session) -> Result:

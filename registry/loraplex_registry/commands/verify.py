@@ -7,12 +7,18 @@ import tempfile
 from pathlib import Path
 
 from ..delivery.pulled import verify_directory
-from ..errors import SettingsError, StoreError
+from ..errors import (
+    AdapterNotFoundError,
+    InvalidReferenceError,
+    SettingsError,
+    StoreError,
+    UnsupportedAdapterError,
+)
 from ..lifecycle.presigned import read_signed
-from ..registry import utc_now
+from ..registry import Registry, utc_now
 from ..trust.revocations import RevocationObject
 from ..trust.verdict import VerifiedManifest
-from ..validation.weights import BUNDLE_NAME
+from ..validation.weights import BUNDLE_NAME, MANIFEST_NAME
 from .options import REFERENCE_HELP
 from .session import Result, Session, verified_result
 
@@ -26,10 +32,10 @@ def run(session: Session) -> Result:
     """Check a pulled directory, or a version in the registry with all its bytes."""
     target = Path(session.arguments.target)
     notes: list[str] = []
-    if (target / BUNDLE_NAME).is_file():
+    if not _missing(target):
         verified = _verify_directory(session, target, notes)
     else:
-        registry, verified = session.verified(session.arguments.target)
+        registry, verified = _verified(session, target)
         with session.progress() as bar, tempfile.TemporaryDirectory(prefix="loraplex-") as place:
             registry.pull(verified, Path(place) / "adapter", progress=bar)
     notes += verified.warnings
@@ -40,6 +46,35 @@ def run(session: Session) -> Result:
         *(f"  note    {note}" for note in notes),
     ]
     return {**verified_result(verified), "notes": notes}, lines
+
+
+def _missing(directory: Path) -> list[str]:
+    """Return which of the files are missing that a pulled directory holds."""
+    return [name for name in (MANIFEST_NAME, BUNDLE_NAME) if not (directory / name).exists()]
+
+
+def _unsigned(directory: Path) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"{directory} holds no {' and no '.join(_missing(directory))}, so there is nothing signed to check; `registry "
+        "pull REF DIR` writes a directory that can be verified, `registry push` signs and publishes this one."
+    )
+
+
+def _verified(session: Session, target: Path) -> tuple[Registry, VerifiedManifest]:
+    """Verify a reference. A word that names none may have been meant as a directory: that is told."""
+    text: str = session.arguments.target
+    if _missing(target) == [MANIFEST_NAME]:
+        raise _unsigned(target)
+    try:
+        return session.verified(text)
+    except (AdapterNotFoundError, InvalidReferenceError) as error:
+        if target.is_dir():
+            raise _unsigned(target) from error
+        if text.startswith((".", "/", "~")):
+            raise InvalidReferenceError(
+                f"{text[:100]!r} is no directory, and no reference either; name a pulled directory, or TENANT/NAME@TAG."
+            ) from error
+        raise
 
 
 def _verify_directory(session: Session, directory: Path, notes: list[str]) -> VerifiedManifest:

@@ -21,7 +21,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final
 
 from ..errors import DigestMismatchError, StoreUnavailableError
@@ -60,9 +59,7 @@ class SealedFile:
     def __enter__(self) -> SealedFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -1,19 +1,27 @@
 """The files of one verified version as the store holds them: inline or as a blob, in clear or encrypted.
 
 Everything handed over has the signed digest. A tag embeds a copy of the version's record that may be older than the
-record itself (`repair` and `rewrap` replace where the bytes lie): when a blob is missing, the record is read again
-once, and the download goes on from there if it holds the same signed manifest.
+record itself (`repair` and `rewrap` replace where the bytes lie and which key opens them): when a blob is missing or
+damaged, or no key opens the data key, the record is read again once, and the download goes on from there if it holds
+the same signed manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ..encryption.data_keys import DataKey, ciphertext_size, open_data_key
 from ..encryption.key_providers import KeyContext, KeyRing
-from ..errors import DamagedError, DigestMismatchError, KeyAbsentError, PolicyRefusedError
+from ..errors import (
+    DamagedError,
+    DigestMismatchError,
+    KeyAbsentError,
+    PolicyRefusedError,
+    RegistryError,
+    SettingsError,
+)
 from ..format import layout
 from ..format.manifest import FileEntry
 from ..format.record import CommittedRecord, StoredFile
@@ -24,6 +32,9 @@ from ..validation.base import Progress
 from .download import Look, download, download_in_order, in_order
 
 _T = TypeVar("_T")
+
+_OLD_COPY: Final = (KeyAbsentError, DigestMismatchError, PolicyRefusedError, SettingsError)
+"""What reading by an older record may end with: blobs collected or damaged since, a data key wrapped by another key."""
 
 
 class StoredFiles:
@@ -54,12 +65,16 @@ class StoredFiles:
             StoreUnavailableError, StoreRefusedError: the storage.
         """
         file = self.verified.manifest.file(name)
-        body = self._found(name, lambda stored: self._body(stored, file))
-        if (len(body), hashlib.sha256(body).hexdigest()) != (file.size, file.sha256):
-            raise DigestMismatchError(
-                f"{self._what(name)} differs from the signed digest; the store is damaged or was tampered with."
-            )
-        return body
+
+        def read(stored: StoredFile) -> bytes:
+            body = self._body(stored, file)
+            if (len(body), hashlib.sha256(body).hexdigest()) != (file.size, file.sha256):
+                raise DigestMismatchError(
+                    f"{self._what(name)} differs from the signed digest; the store is damaged or was tampered with."
+                )
+            return body
+
+        return self._found(name, read)
 
     def into(
         self,
@@ -126,19 +141,34 @@ class StoredFiles:
     def _found(self, name: str, use: Callable[[StoredFile], _T]) -> _T:
         try:
             return use(self._record.file(name))
-        except KeyAbsentError as error:
+        except _OLD_COPY as error:
             if not self._reread and self._read_record_again():
                 return self._found(name, use)
-            raise DamagedError(
-                f"{self._what(name)} is gone from the store; publish the adapter again."
-            ) from error
+            told = self._told(name, error)
+            if told is None:
+                raise
+            raise told from error
+
+    def _told(self, name: str, error: RegistryError) -> RegistryError | None:
+        """Return damage in words that name the next step; None for what is no damage."""
+        next_step = (
+            f"run `registry fsck {self.verified.ref.name} --deep` to see what is damaged, and `--repair --from COPY` "
+            "to mend it from a pulled directory or another registry."
+        )
+        if isinstance(error, KeyAbsentError):
+            return DamagedError(f"{self._what(name)} is gone from the store; {next_step}")
+        if isinstance(error, DigestMismatchError):
+            return DigestMismatchError(f"{error.message.rstrip('.')}: {next_step}")
+        return None
 
     def _read_record_again(self) -> bool:
-        """Take the version's own record instead of a tag's copy, if it is of the same manifest."""
+        """Take the version's own record instead of a tag's copy, if it is another one of the same manifest."""
         self._reread = True
         found = get_record(self._store, self.verified.ref, self.verified.manifest.version)
         record = None if found is None else found[0]
         if not isinstance(record, CommittedRecord) or record.manifest_bytes != self._record.manifest_bytes:
+            return False
+        if record == self._record:
             return False
         if (record.encryption is None) != (self._record.encryption is None):
             return False  # the policy judged what the tag carried; encryption must not be taken off behind its back

@@ -26,7 +26,7 @@ import io
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn
 
 from ..errors import DigestMismatchError, PolicyRefusedError
 from ..format.manifest import FileEntry
@@ -50,9 +50,6 @@ TAG_BYTES: Final = 16
 
 PIECE_BYTES: Final = 1 << 20
 """Most bytes of plaintext handed over at once."""
-
-Demand = Literal["required", "forbidden", "optional"]
-"""What a policy may say about encryption."""
 
 
 def ciphertext_size(plain_bytes: int) -> int:
@@ -145,17 +142,6 @@ class DataKey:
         finally:
             source.end()
 
-    def open_inline(self, ciphertext: bytes, file: FileEntry) -> bytes:
-        """Return the plaintext of a small file, with size and SHA-256 checked.
-
-        Raises:
-            DigestMismatchError: not the ciphertext of this file under this key.
-        """
-        body = b"".join(self.decrypting([ciphertext], file))
-        if hashlib.sha256(body).hexdigest() != file.sha256:
-            _refuse(self.context, file)
-        return body
-
     def _encrypt(self, source: BinaryIO, file: FileEntry, sink: _Sink) -> None:
         """Encrypt `source` to its end into `sink`, checking that it is the file described."""
         digest, size = hashlib.sha256(), 0
@@ -232,29 +218,6 @@ def unwrapped_keyset(ring: KeyRing, encryption: Encryption, context: KeyContext)
             f"{context} is encrypted with {encryption.alg[:64]!r}, which is not accepted; {ALGORITHM} is."
         )
     return ring.unwrapping(context.tenant, encryption.kek).unwrap(encryption.wrapped, context)
-
-
-def check_demand(encryption: Encryption | None, demand: Demand, *, what: str) -> None:
-    """Compare a record with what the policy demands.
-
-    Args:
-        encryption: from the record; None when its files are in clear.
-        demand: `required` refuses files in clear, `forbidden` refuses encrypted ones, `optional` takes both.
-        what: the reference, for messages.
-
-    Raises:
-        PolicyRefusedError: the record is not as demanded, or names an unknown algorithm.
-    """
-    if encryption is None and demand == "required":
-        raise PolicyRefusedError(
-            f"{what} is not encrypted and the policy requires it; push it again with a key."
-        )
-    if encryption is not None and demand == "forbidden":
-        raise PolicyRefusedError(
-            f"{what} is encrypted and the policy forbids it; push it again without a key."
-        )
-    if encryption is not None and encryption.alg != ALGORITHM:
-        raise PolicyRefusedError(f"{what} is encrypted with {encryption.alg[:64]!r}, which is not accepted.")
 
 
 class _Sink(io.RawIOBase):

@@ -30,10 +30,6 @@ CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 10.0
 """Seconds to wait for a connection, and for an answer."""
 
-PENDING_DAYS_MIN: Final = 7
-PENDING_DAYS_MAX: Final = 30
-"""Days that AWS keeps a key that is to be deleted; it cannot be used meanwhile, and the deletion can be cancelled."""
-
 TENANT_TAG: Final = "tenant"
 """Tag of a KMS key that names the only tenant it serves."""
 
@@ -103,7 +99,7 @@ class AwsKmsKey:
 
         Args:
             tenant: whose key it must be tagged as.
-            pending_days: PENDING_DAYS_MIN to PENDING_DAYS_MAX; until then the deletion can be cancelled.
+            pending_days: 7 to 30, the bounds of AWS; until then the deletion can be cancelled.
         """
         self.check_destroyable(tenant)
         answer = self._call(

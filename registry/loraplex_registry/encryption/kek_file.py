@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
+from ..durable import sync_directory
 from ..errors import ConflictError, DigestMismatchError, PolicyRefusedError, SettingsError
 from ..format.canonical import StrictJsonError, b64decode, b64encode, canonical, exact_object, parse_canonical
 from ..refs import check_name
@@ -60,7 +61,10 @@ class FileKey:
                 f"Encryption key {path} is not a key file ({error}); make one with `registry keys gen --encryption`."
             ) from error
         if fields["tenant"] != tenant:
-            raise SettingsError(f"Encryption key {path} is not tenant {tenant}'s; give every tenant its own.")
+            raise SettingsError(
+                f"Encryption key {path} is not tenant {tenant}'s; give every tenant its own, as in "
+                "file:keys/{tenant}.kek."
+            )
         return cls(path, fields["id"], tenant, aead)
 
     @property
@@ -135,10 +139,11 @@ def _read(path: Path) -> bytes:
             body = file.read(KEY_FILE_BYTES_MAX + 1) if stat.S_ISREG(status.st_mode) else b""
     except OSError as error:
         raise SettingsError(
-            f"Encryption key {path} cannot be opened ({error.strerror}); set encryption_key to a key file of yours."
+            f"Encryption key {path} cannot be opened ({error.strerror}); name a key file of yours, or make one with "
+            "`registry keys gen FILE --encryption`."
         ) from error
     if not body:
-        raise SettingsError(f"Encryption key {path} is empty or not a regular file.")
+        raise SettingsError(f"Encryption key {path} is empty or not a regular file; name the key file.")
     if status.st_mode & 0o077 or status.st_uid not in {0, os.geteuid()}:
         raise SettingsError(
             f"Encryption key {path} may be read by others; run `chmod 600 {path}` as its owner."
@@ -156,14 +161,6 @@ def _overwrite_and_remove(path: Path) -> None:
             file.flush()
             os.fsync(descriptor)
         path.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise ConflictError(f"{path} could not be removed ({error.strerror}); remove it by hand.") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

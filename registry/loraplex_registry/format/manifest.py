@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ..errors import InvalidReferenceError, SignatureInvalidError
@@ -140,10 +140,6 @@ class Manifest:
             if entry.name == name:
                 return entry
         raise KeyError(name)
-
-    def same_content(self, other: Manifest) -> bool:
-        """Say whether both describe the same files, base and shape, whatever their version and time."""
-        return replace(self, version=other.version, created=other.created) == other
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Manifest:

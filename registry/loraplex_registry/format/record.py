@@ -261,7 +261,7 @@ def read_record(body: bytes, *, version: Version, where: str) -> Record:
         return record_from_value(parse_canonical(body, limit_bytes=RECORD_BYTES_MAX), version=version)
     except StrictJsonError as error:
         raise DamagedError(
-            f"The record of {where} is damaged ({error}); publish the adapter again."
+            f"The record of {where} is damaged ({error}); `registry fsck --repair --from REGISTRY` restores it."
         ) from error
 
 

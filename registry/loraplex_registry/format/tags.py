@@ -14,13 +14,12 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ..errors import DamagedError, InvalidReferenceError, SignatureInvalidError
-from ..refs import AdapterRef, Version, check_digest, check_name, check_tag, check_version
-from ..signing import PAYLOAD_BYTES_MAX, PublicKey, Signer, sign_envelope, verify_envelope
+from ..refs import Version, check_digest, check_name, check_tag, check_version
+from ..signing import PAYLOAD_BYTES_MAX, Signer, sign_envelope
 from .canonical import StrictJsonError, b64decode, canonical, exact_object, parse_canonical
 from .record import FORMAT, RECORD_BYTES_MAX, CommittedRecord, record_from_value
 
@@ -196,22 +195,3 @@ def _read_statement(value: dict[str, Any]) -> tuple[dict[str, Any], TagStatement
     if type(value["fmt"]) is not int or value["fmt"] != FORMAT or not isinstance(envelope, dict):
         raise StrictJsonError(f"fmt is not {FORMAT}")
     return envelope, TagStatement.from_bytes(b64decode(envelope.get("payload")))
-
-
-def verify_tag(tag: TagObject, keys: PublicKey | Sequence[PublicKey], *, ref: AdapterRef) -> TagStatement:
-    """Return the statement, proven to be about `ref` (which has a tag), this record and signed by all `keys`.
-
-    Raises:
-        SignatureInvalidError: it is not.
-    """
-    statement = TagStatement.from_bytes(verify_envelope(tag.envelope, PAYLOAD_TYPE, keys))
-    if (statement.tenant, statement.adapter, statement.tag) != (ref.tenant, ref.adapter, ref.tag):
-        raise SignatureInvalidError(
-            f"The tag statement under {ref} was signed for {statement.tenant}/{statement.adapter}@{statement.tag}."
-        )
-    digest = "" if tag.record is None else tag.record.digest.removeprefix("sha256:")
-    if statement.manifest_sha256 != digest:
-        raise SignatureInvalidError(
-            f"The tag {ref} was signed for another digest than it carries; set it again."
-        )
-    return statement

@@ -11,7 +11,7 @@ again renews them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -34,9 +34,10 @@ from ..signing.bundles import KeyIdentity, bundle_identity, sign_files
 from ..storage.store import Store, write_conditionally
 from ..trust.verdict import VerifiedManifest
 from ..validation.weights import MANIFEST_NAME
+from .content import Statement
 from .publish import COMMITTED_BYTES_MAX
 from .tagging import Target, refresh_copies
-from .versions import get_record
+from .versions import Outcome, get_record
 
 SWAPS_MAX: Final = 5
 """How often an amendment is tried again when others amend the same version."""
@@ -107,23 +108,41 @@ def attach(
     Raises:
         As `amend` and `attestations.make_attestation`; ConflictError when it was replaced meanwhile.
     """
-    ref, digest = verified.ref, verified.digest
+    ref = verified.ref
     if not verified.keyid or ref.version is None:  # audit mode let a bad signature pass
         raise SignatureInvalidError(f"{ref} has no signature that counts; publish it again first.")
-    version = ref.version
-    envelope = make_attestation(ref, version, digest, predicate_type, predicate, signer)
+    version, statement = ref.version, Statement(predicate_type, dict(predicate), signer)
 
     def change(record: CommittedRecord) -> CommittedRecord:
-        _require_same(record, verified)
-        for statement in _statements_of(record, ref, version, signer):
-            if (statement.predicate_type, statement.predicate) == (predicate_type, dict(predicate)):
-                return record
-        try:
-            return record.revised(attest=check_attestations([*record.attest, envelope]))
-        except StrictJsonError as error:
-            raise SettingsError(f"{ref} cannot take another attestation ({error}).") from error
+        _require_same(record, verified.record, ref)
+        return _stated(record, ref, version, statement)
 
     return amend(store, ref, version, change)
+
+
+def attach_missing(
+    store: Store, ref: AdapterRef, outcome: Outcome, statements: Sequence[Statement]
+) -> tuple[Outcome, tuple[str, ...]]:
+    """Attach statements to a version that a push found committed; return it as it is now, and the types attached.
+
+    The push compared the version with what its user holds, so it is not verified by a policy once more.
+
+    Raises:
+        As `attach`.
+    """
+    attached: list[str] = []
+
+    def change(record: CommittedRecord) -> CommittedRecord:
+        _require_same(record, outcome.record, ref)
+        attached.clear()
+        for statement in statements:
+            before, record = record, _stated(record, ref, outcome.version, statement)
+            if record is not before:
+                attached.append(statement.predicate_type)
+        return record
+
+    done = amend(store, ref, outcome.version, change)
+    return replace(outcome, record=done.record, etag=done.etag), tuple(attached)
 
 
 def resign(store: Store, verified: VerifiedManifest, signer: Signer) -> Amended:
@@ -145,7 +164,7 @@ def resign(store: Store, verified: VerifiedManifest, signer: Signer) -> Amended:
     bundle = sign_files(files_to_sign(manifest), signer, subject=subject_name(ref, ref.version))
 
     def change(record: CommittedRecord) -> CommittedRecord:
-        _require_same(record, verified)
+        _require_same(record, verified.record, ref)
         return record if _is_signed_by(record, signer) else record.revised(bundle=bundle)
 
     return amend(store, ref, ref.version, change)
@@ -202,9 +221,24 @@ def _renew_copies(store: Store, ref: AdapterRef, target: Target) -> tuple[Target
     return target, tuple(sorted(tags))
 
 
-def _require_same(record: CommittedRecord, verified: VerifiedManifest) -> None:
-    if record.manifest_bytes != verified.record.manifest_bytes:
-        raise DigestMismatchError(f"{verified.ref} was replaced after it was verified; look at it again.")
+def _stated(
+    record: CommittedRecord, ref: AdapterRef, version: Version, statement: Statement
+) -> CommittedRecord:
+    """Return the record with a statement; the record given itself when it has it by the same key."""
+    kind, predicate, signer = statement.predicate_type, statement.predicate, statement.signer
+    for found in _statements_of(record, ref, version, signer):
+        if (found.predicate_type, found.predicate) == (kind, predicate):
+            return record
+    envelope = make_attestation(ref, version, record.digest, kind, predicate, signer)
+    try:
+        return record.revised(attest=check_attestations([*record.attest, envelope]))
+    except StrictJsonError as error:
+        raise SettingsError(f"{ref} cannot take another attestation ({error}).") from error
+
+
+def _require_same(record: CommittedRecord, known: CommittedRecord, ref: AdapterRef) -> None:
+    if record.manifest_bytes != known.manifest_bytes:
+        raise DigestMismatchError(f"{ref} was replaced after it was verified; look at it again.")
 
 
 def _statements_of(record: CommittedRecord, ref: AdapterRef, version: Version, signer: Signer) -> list[Any]:

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +24,8 @@ from ..format.hashing import entry_of
 from ..format.manifest import BaseEntry, FileEntry, LoraEntry, Manifest
 from ..format.record import INLINE_FILE_BYTES_MAX, INLINE_TOTAL_BYTES_MAX, Encryption, StoredFile
 from ..refs import AdapterRef, Version
-from ..storage.store import Store
+from ..signing import Signer
+from ..storage.store import Store, UploadLog
 from ..validation.base import CARD_NAME, BaseModel, Progress
 from ..validation.weights import AdapterFacts, read_small
 
@@ -45,6 +46,15 @@ class Signed:
         return Manifest.from_bytes(self.manifest_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A statement to sign about the version once its digest is known: predicate type, predicate, and the key."""
+
+    predicate_type: str
+    predicate: dict[str, Any] = field(repr=False)
+    signer: Signer
+
+
 @dataclass(frozen=True)
 class Content:
     """An adapter ready to be published.
@@ -56,6 +66,7 @@ class Content:
         card: the base card's bytes.
         annotations: signed with the manifest; sorted by name.
         attest: statements attached to the record.
+        statements: more of them, signed when the version is known.
         signed: when given, this manifest and bundle are published instead of newly made ones.
     """
 
@@ -65,6 +76,7 @@ class Content:
     card: bytes
     annotations: tuple[tuple[str, str], ...] = ()
     attest: tuple[dict[str, Any], ...] = ()
+    statements: tuple[Statement, ...] = ()
     signed: Signed | None = field(default=None, repr=False)
 
     @cached_property
@@ -157,8 +169,11 @@ def store_files(
     *,
     seal: Seal | None,
     progress: Progress | None,
+    log: UploadLog | None = None,
 ) -> tuple[StoredFile, ...]:
     """Store every file of a push, blobs in parallel, and return where each is.
+
+    With a `log`, uploads in parts go on where an earlier process stopped; encrypted ones cannot.
 
     Raises:
         ConflictError, DigestMismatchError: a file changed meanwhile.
@@ -166,6 +181,9 @@ def store_files(
     """
     blobs = _blob_names(content.files, version, pid)
     meter = _Meter(progress, total=sum(file.size for file in content.files if file.name in blobs))
+    options: dict[str, Any] = {"progress": meter.add}
+    if log is not None and seal is None:
+        options["upload"] = log
 
     def upload(file: FileEntry) -> None:
         key = layout.adapter_prefix(ref) + blobs[file.name]
@@ -173,9 +191,9 @@ def store_files(
             path, entry = stack.enter_context(content.path(file)), file
             if seal is not None:
                 path, entry = stack.enter_context(seal.blob(file, path))
-            store.put_blob(key, path, entry, progress=meter.add)
+            store.put_blob(key, path, entry, **options)
 
-    _all(upload, [file for file in content.files if file.name in blobs])
+    _all(upload, [file for file in content.files if file.name in blobs], failed=meter.stop)
     return tuple(_stored(content, file, blobs.get(file.name), seal) for file in content.files)
 
 
@@ -201,16 +219,25 @@ def _stored(content: Content, file: FileEntry, blob: str | None, seal: Seal | No
     return StoredFile(file.name, file.size, file.sha256, inline=inline)
 
 
-def _all(work: Any, items: Sequence[Any]) -> None:
-    """Do `work` for every item, a few at a time; the first error is raised when all have ended."""
+def _all(work: Any, items: Sequence[Any], *, failed: Callable[[], None]) -> None:
+    """Do `work` for every item, a few at a time; the first error, or Ctrl-C, ends the others."""
     if len(items) < 2:
         for item in items:
             work(item)
         return
     with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="loraplex-push") as pool:
         futures = [pool.submit(work, item) for item in items]
-    for future in futures:
-        future.result()
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            failed()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _StoppedError(Exception):
+    """Another file failed, so this one need not go on."""
 
 
 class _Meter:
@@ -220,9 +247,16 @@ class _Meter:
         self._progress = progress
         self._total = total
         self._done = 0
+        self._stopped = threading.Event()
         self._lock = threading.Lock()  # guards _done, and keeps the callbacks in order
 
+    def stop(self) -> None:
+        """Let every upload end at its next step."""
+        self._stopped.set()
+
     def add(self, size_bytes: int) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
         with self._lock:
             self._done = min(self._done + size_bytes, self._total)
             if self._progress is not None:

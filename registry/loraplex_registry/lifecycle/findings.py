@@ -6,8 +6,16 @@ import threading
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
+from ..errors import RegistryError, RevokedError, RollbackError
+
+NOT_TRUSTED: Final = "not-trusted"
+"""Code of a version that a reader would refuse."""
+
 FINDINGS_MAX: Final = 10_000
 """Most findings a report holds; the counts go on."""
+
+TOLD_MAX: Final = 200_000
+"""Most tags whose generation by the audit log is compared with the tag; of further ones it is not looked at."""
 
 Severity = Literal["damage", "warning", "note"]
 """damage: something acknowledged cannot be read or proven. warning: needs a hand. note: nothing to do."""
@@ -15,13 +23,34 @@ Severity = Literal["damage", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found: stable `code`, the `key` it is about, what is wrong, and what to do."""
+    """One thing found: stable `code`, the `key` it is about, what is wrong, and what to do.
+
+    `refusal` is the reason code a reader would get, such as SIGNATURE_INVALID; empty where nobody was asked.
+    """
 
     severity: Severity
     code: str
     key: str
     reason: str
     advice: str = ""
+    refusal: str = ""
+
+
+def refused(what: str, key: str, error: RegistryError) -> Finding:
+    """Return the finding that a reader would refuse a thing, and why.
+
+    A bad signature and a rollback are damage; what a policy or a date forbids is a warning; a revoked version, which
+    may well stay where it is, a note.
+
+    Args:
+        what: the finding's code.
+        key: the object.
+        error: the refusal.
+    """
+    severity: Severity = "damage" if error.exit_code == 5 or isinstance(error, RollbackError) else "warning"
+    if what == NOT_TRUSTED and isinstance(error, RevokedError):
+        severity = "note"
+    return Finding(severity, what, key, error.message, "registry policy explain", error.code)
 
 
 @dataclass

@@ -7,9 +7,11 @@ nothing, and may run while the registry is in use. Repairing is in `repair`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 from ..errors import DamagedError, InvalidReferenceError, KeyAbsentError, TrustError
@@ -18,8 +20,9 @@ from ..format.canonical import StrictJsonError, b64decode, parse_canonical
 from ..format.record import FORMAT, RECORD_BYTES_MAX
 from ..refs import AdapterRef, check_name
 from ..storage.store import Store
-from .audit import AuditEntry, AuditLog
-from .findings import Finding, Report
+from .audit import AuditLog
+from .audit_entry import AuditEntry
+from .findings import TOLD_MAX, Finding, Report, refused
 from .fsck_adapter import Depth, check_adapter
 
 WORKERS: Final = 8
@@ -37,7 +40,7 @@ def check(
     """Check a registry, a tenant or an adapter.
 
     Requests per adapter: three listings, one read per version, two per tag and one per move of a tag; when deep, every
-    blob is read. Memory is bounded by the largest adapter.
+    blob is read. Memory is bounded by the largest adapter, and TOLD_MAX names of tags.
 
     Args:
         store: where.
@@ -56,11 +59,13 @@ def check(
     if tenant is None:
         _check_root(store, report)
     tenants = [tenant] if tenant is not None else _names(store, layout.TENANTS_PREFIX, report)
+    told: dict[str, int] = {}
     for name in tenants:
         report.count("tenants")
-        _check_revocations(store, name, report)
-        _check_audit(store, name, report)
-    _each_adapter(store, [tenant] if tenant else None, depth, report, workers)
+        _check_revocations(store, name, depth, report)
+        # Before the tags are read: a tag that moves meanwhile is then ahead of what is told of it, never behind.
+        _check_audit(store, name, report, told)
+    _each_adapter(store, [tenant] if tenant else None, replace(depth, told=told), report, workers)
     return report
 
 
@@ -124,12 +129,12 @@ def _check_root(store: Store, report: Report) -> None:
         )
 
 
-def _check_revocations(store: Store, tenant: str, report: Report) -> None:
+def _check_revocations(store: Store, tenant: str, depth: Depth, report: Report) -> None:
     from ..trust.revocations import parse_revocations
 
     key = layout.revocations_key(tenant)
     try:
-        parse_revocations(store.get(key, limit_bytes=RECORD_BYTES_MAX).body, tenant=tenant)
+        found = parse_revocations(store.get(key, limit_bytes=RECORD_BYTES_MAX).body, tenant=tenant)
         report.count("revocation_lists")
     except KeyAbsentError:
         return
@@ -137,10 +142,26 @@ def _check_revocations(store: Store, tenant: str, report: Report) -> None:
         report.add(
             Finding("damage", "revocations-unreadable", key, error.message, "restore it from a backup")
         )
+        return
+    try:
+        if depth.judge_list is not None:
+            depth.judge_list(tenant, found)
+    except TrustError as error:
+        report.add(refused("revocations-not-trusted", key, error))
 
 
-def _check_audit(store: Store, tenant: str, report: Report) -> None:
-    """Follow the audit log's chain; `registry audit verify` checks its signatures too."""
+def _note_move(entry: AuditEntry, told: dict[str, int]) -> None:
+    generation, name = dict(entry.detail).get("generation", ""), entry.subject
+    moved = entry.action in ("tag", "untag") and name.startswith(f"{entry.tenant}/")
+    if moved and re.fullmatch(r"[0-9]{1,9}", generation) and (name in told or len(told) < TOLD_MAX):
+        told[name] = max(told.get(name, 0), int(generation))
+
+
+def _check_audit(store: Store, tenant: str, report: Report, told: dict[str, int]) -> None:
+    """Follow the audit log's chain and note in `told` how far it saw each tag move.
+
+    `registry audit verify` checks its signatures too.
+    """
     count, head = 0, ""
     for number, body in AuditLog(store, tenant).bodies():
         key = layout.audit_key(tenant, number)
@@ -155,6 +176,7 @@ def _check_audit(store: Store, tenant: str, report: Report) -> None:
                 raise StrictJsonError(f"it is number {entry.number} of {entry.tenant}")
             if number == count + 1 and entry.prev != head:
                 raise StrictJsonError("it does not follow from the entry before")
+            _note_move(entry, told)
         except (StrictJsonError, KeyError, TypeError) as error:
             reason = f"The entry is damaged ({error})."
             report.add(Finding("damage", "audit-damaged", key, reason, "restore it from a backup"))

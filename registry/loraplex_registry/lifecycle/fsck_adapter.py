@@ -7,11 +7,18 @@ registry in use never looks damaged.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..errors import DamagedError, InvalidReferenceError, KeyAbsentError, PolicyRefusedError, TrustError
+from ..errors import (
+    DamagedError,
+    InvalidReferenceError,
+    KeyAbsentError,
+    PolicyRefusedError,
+    RankTooLargeError,
+    TrustError,
+)
 from ..format import layout
 from ..format.hashing import FileHasher
 from ..format.manifest import FileEntry
@@ -19,19 +26,23 @@ from ..format.record import CommittedRecord, DeletingRecord, Encryption, Pending
 from ..refs import AdapterRef, Version
 from ..signing import BUNDLE_TYPE
 from ..storage.store import Piece, Store, read_blob
-from .findings import Finding, Report, Severity
-from .fsck_tags import check_tags, content_of
+from .findings import NOT_TRUSTED, Finding, Report, Severity, refused
+from .fsck_tags import TagJudge, check_tags, content_of
 from .tag_state import tag_names
 from .versions import get_record, recorded_versions
 
 if TYPE_CHECKING:
     from ..encryption.key_providers import KeyRing
+    from ..trust.revocations import RevocationObject
 
 Opener = Callable[[AdapterRef, str, Encryption, FileEntry, Iterator[Piece]], Iterator[bytes]]
 """Decrypts: called with reference, push id, encryption, file and ciphertext, returns the plaintext."""
 
 Judge = Callable[[AdapterRef, CommittedRecord], None]
 """Raises a TrustError when a version's signature is not one the policy accepts."""
+
+ListJudge = Callable[[str, "RevocationObject"], None]
+"""Raises a TrustError when a tenant's revocation list is not one the policy believes."""
 
 
 def opener_of(ring: KeyRing) -> Opener:
@@ -56,7 +67,8 @@ class Depth:
     Attributes:
         now: the time, with a zone.
         deep: read and hash every blob.
-        judge: decides about signatures, when given.
+        judge, judge_tag, judge_list: decide about signatures, when given.
+        told: the highest generation of each tag (`acme/orders@prod`) that the audit log tells of.
         opener: decrypts; without it encrypted blobs are checked for their size alone.
     """
 
@@ -64,6 +76,9 @@ class Depth:
     deep: bool = False
     judge: Judge | None = None
     opener: Opener | None = None
+    judge_tag: TagJudge | None = None
+    judge_list: ListJudge | None = None
+    told: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,7 +104,7 @@ def check_adapter(store: Store, ref: AdapterRef, depth: Depth, report: Report) -
     for version in recorded_versions(store, ref):
         _read_version(adapter, version)
     _check_blobs(adapter)
-    check_tags(store, ref, tags, report)
+    check_tags(store, ref, tags, report, judge=depth.judge_tag, told=depth.told)
 
 
 # --- versions
@@ -140,9 +155,8 @@ def _check_manifest(adapter: _Adapter, version: Version, record: CommittedRecord
         return
     try:
         adapter.depth.judge(AdapterRef(adapter.ref.tenant, adapter.ref.adapter, version=version), record)
-    except TrustError as error:
-        severity: Severity = "damage" if error.exit_code == 5 else "warning"
-        adapter.find(severity, "not-trusted", key, error.message, "registry policy explain")
+    except (TrustError, RankTooLargeError) as error:
+        adapter.report.add(refused(NOT_TRUSTED, key, error))
 
 
 def _facts(file: StoredFile | FileEntry) -> tuple[str, int, str]:

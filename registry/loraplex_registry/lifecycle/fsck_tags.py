@@ -6,25 +6,45 @@ looks wrong is looked at once more, since the tag may just have been moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ..errors import DamagedError, KeyAbsentError, TrustError
+from ..errors import DamagedError, KeyAbsentError, RankTooLargeError, TrustError
 from ..format import layout
 from ..format.record import RECORD_BYTES_MAX, CommittedRecord, DeletedRecord, DeletingRecord, Record
-from ..format.tags import TagStatement, read_tag_log
+from ..format.tags import TagObject, TagStatement, read_tag_log
 from ..refs import AdapterRef
 from ..storage.store import Store
-from .findings import Finding, Report
+from .findings import Finding, Report, refused
 from .tag_state import LOG_ENTRIES_MAX, TagState, read_tag_state
 from .versions import get_record
 
+TagJudge = Callable[[AdapterRef, TagObject], None]
+"""Raises a TrustError when a tag, or what it leads to, is not one the policy accepts."""
 
-def check_tags(store: Store, ref: AdapterRef, tags: Sequence[str], report: Report) -> None:
-    """Check tags and their logs, and add what is found to `report`."""
+
+def check_tags(
+    store: Store,
+    ref: AdapterRef,
+    tags: Sequence[str],
+    report: Report,
+    *,
+    judge: TagJudge | None = None,
+    told: Mapping[str, int] | None = None,
+) -> None:
+    """Check tags and their logs, and add what is found to `report`.
+
+    Args:
+        store: where.
+        ref: the adapter.
+        tags: their names.
+        report: what is added to.
+        judge: decides about signatures, when given.
+        told: the highest generation of tags that the audit log tells of.
+    """
     for name in tags:
         report.count("tags")
-        if _tag_findings(store, ref, name, report):
-            report.extend(_tag_findings(store, ref, name, Report()))
+        if _tag_findings(store, ref, name, report, judge, told or {}):
+            report.extend(_tag_findings(store, ref, name, Report(), judge, told or {}))
     _check_lost_tags(store, ref, set(tags), report)
 
 
@@ -35,7 +55,14 @@ def content_of(record: Record | None) -> CommittedRecord | None:
     return record if isinstance(record, CommittedRecord) else None
 
 
-def _tag_findings(store: Store, ref: AdapterRef, name: str, report: Report) -> list[Finding]:
+def _tag_findings(
+    store: Store,
+    ref: AdapterRef,
+    name: str,
+    report: Report,
+    judge: TagJudge | None,
+    told: Mapping[str, int],
+) -> list[Finding]:
     """Return what is wrong with a tag; reads the tag, then its version, then its log."""
     key = layout.tag_key(ref, name)
     try:
@@ -46,15 +73,30 @@ def _tag_findings(store: Store, ref: AdapterRef, name: str, report: Report) -> l
         place = (statement.tenant, statement.adapter, statement.tag)
         if place != (ref.tenant, ref.adapter, name):
             raise DamagedError(f"The statement is about {place[0]}/{place[1]}@{place[2]}.")
-        return _target_findings(store, ref, key, state) + _log_findings(store, ref, name, statement, report)
+        found = _target_findings(store, ref, key, state)
+        found += _log_findings(store, ref, name, statement, report, told.get(f"{ref.name}@{name}", 0))
+        return found + _judged(judge, AdapterRef(ref.tenant, ref.adapter, tag=name), key, state)
     except TrustError as error:
         return [Finding("damage", "tag-unreadable", key, error.message, "set the tag again")]
 
 
+def _judged(judge: TagJudge | None, ref: AdapterRef, key: str, state: TagState) -> list[Finding]:
+    if judge is None:
+        return []
+    try:
+        judge(ref, state.tag)
+    except (TrustError, RankTooLargeError) as error:
+        return [refused("tag-not-trusted", key, error)]
+    return []
+
+
 def _target_findings(store: Store, ref: AdapterRef, key: str, state: TagState) -> list[Finding]:
-    version = state.statement.version
+    version, signed = state.statement.version, f"sha256:{state.statement.manifest_sha256}"
     if version is None:
         return []
+    if state.tag.record is not None and state.tag.record.digest != signed:
+        reason = f"It carries another content of {ref.name}@{version} than it was signed for."
+        return [Finding("damage", "tag-mismatch", key, reason, "set it again")]
     try:
         found = get_record(store, ref, version)
     except DamagedError:  # reported where the versions are read
@@ -63,7 +105,7 @@ def _target_findings(store: Store, ref: AdapterRef, key: str, state: TagState) -
     name = f"{ref.name}@{version}"
     content = content_of(record)
     if content is not None:
-        if content.digest != f"sha256:{state.statement.manifest_sha256}":
+        if content.digest != signed:
             return [
                 Finding(
                     "damage",
@@ -86,14 +128,15 @@ def _target_findings(store: Store, ref: AdapterRef, key: str, state: TagState) -
         return []
     if isinstance(record, DeletedRecord):
         reason = f"{name} was deleted while the tag was moved to it, and the mover died."
-        return [Finding("warning", "tag-dangling", key, reason, "set the tag again, or registry untag")]
+        advice = "fsck --repair, set the tag again, or registry untag"
+        return [Finding("warning", "tag-dangling", key, reason, advice)]
     return [Finding("damage", "tag-dangling", key, f"{name} is not there.", "set the tag again")]
 
 
 def _log_findings(
-    store: Store, ref: AdapterRef, tag: str, statement: TagStatement, report: Report
+    store: Store, ref: AdapterRef, tag: str, statement: TagStatement, report: Report, told: int
 ) -> list[Finding]:
-    """Follow the chain from the tag's statement back to the first."""
+    """Follow the chain from the tag's statement back to the first, and look for statements that came after it."""
     prefix = layout.tag_log_prefix(ref, tag)
     names = set(list_bounded(store.children(prefix), what=prefix))
     findings: list[Finding] = []
@@ -115,14 +158,43 @@ def _log_findings(
             findings.append(Finding("damage", "log-chain", key, reason, "restore it from a backup"))
             return findings
         prev = entry.prev
-    own = layout.tag_log_key(ref, tag, statement.generation).removeprefix(prefix)
-    later = sorted(names - {own})
-    if later:
-        reason = f"The log knows {len(later)} later statements: the tag was put back by somebody."
-        findings.append(
-            Finding("damage", "tag-rolled-back", layout.tag_key(ref, tag), reason, "registry log")
+    return findings + _behind(store, ref, tag, statement, names, told)
+
+
+def _behind(
+    store: Store, ref: AdapterRef, tag: str, statement: TagStatement, names: set[str], told: int
+) -> list[Finding]:
+    """Return what says that the tag stands behind its own history: somebody put an older statement back.
+
+    Its own statement in the log, and nothing later, is also what a mover leaves that died before its swap.
+    """
+    key, generation = layout.tag_key(ref, tag), statement.generation
+    own = layout.tag_log_key(ref, tag, generation)
+    later = sorted(names - {own.removeprefix(layout.tag_log_prefix(ref, tag))})
+    advice = "registry log; restore the newest statement from the bucket's history"
+    if later or told > generation:
+        whose = f"its log knows {len(later)} later statements" if later else f"the audit log tells of {told}"
+        reason = f"It is at generation {generation}, and {whose}: the tag was put back by somebody."
+        return [Finding("damage", "tag-rolled-back", key, reason, advice)]
+    if len(names) == len(later):
+        return []
+    try:
+        item = store.get(own, limit_bytes=RECORD_BYTES_MAX)
+        same = read_tag_log(item.body, where=f"{ref.name}@{tag}").statement == statement
+    except (KeyAbsentError, DamagedError) as error:
+        return [Finding("damage", "log-gap", own, error.message, "restore the log's entry from a backup")]
+    if not same:
+        reason = (
+            f"The log holds another statement of generation {generation}: the tag was put back by somebody."
         )
-    return findings
+        return [Finding("damage", "tag-rolled-back", key, reason, advice)]
+    reason = (
+        f"The log holds its generation {generation} already: a move died before it was done, or somebody put the tag "
+        "back by one."
+    )
+    return [
+        Finding("warning", "tag-behind-log", key, reason, "set the tag again, if registry log shows no fault")
+    ]
 
 
 def list_bounded(names: Iterator[str], *, what: str) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""Garbage collection: removes the blobs that no record can ever refer to, while pushes run, with any number at once.
+"""Garbage collection: removes the blobs that no record can ever refer to, and the parts that no blob will be made of.
+
+Runs while pushes run, any number at once.
 
 A push reserves its version under a random push id before it uploads anything, and every blob's key holds that id. So
 one look at one record tells whether a group of blobs is alive, and a group once dead stays dead:
@@ -19,7 +21,7 @@ removed.
 Clocks only say when to try. A pusher that is fenced by a clock running ahead loses its push, never its data: its commit
 finds the record swapped and fails.
 
-Records, tags and logs are never removed.
+Records, tags and logs are never removed. Unfinished uploads are judged by the same rule; see `unfinished`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from ..format.hashing import entry_of
 from ..format.record import AbortedRecord, CommittedRecord, DeletedRecord, DeletingRecord, PendingRecord
 from ..refs import AdapterRef, Version
 from ..storage.store import PAGE_KEYS, Store, write_conditionally
+from .unfinished import ALIVE, UploadVerdict, judge_uploads
 from .versions import get_record
 
 GRACE_S: Final = 24 * 3600.0
@@ -93,7 +96,15 @@ class Tally:
 
 @dataclass(slots=True)
 class Collection:
-    """What a collection found, and removed when `applied`. `dead` holds the first GROUPS_SHOWN_MAX dead groups."""
+    """What a collection found, and removed when `applied`.
+
+    Attributes:
+        tallies: blobs by reason.
+        dead: the first GROUPS_SHOWN_MAX dead groups.
+        uploads: unfinished uploads that are older than the grace, by reason; their `blobs` are 0.
+        dead_uploads: the first GROUPS_SHOWN_MAX dead ones.
+        uploads_unseen: why the storage did not show unfinished uploads, as a sentence; "" when it did.
+    """
 
     applied: bool
     grace_s: float
@@ -101,6 +112,9 @@ class Collection:
     tallies: dict[str, Tally] = field(default_factory=dict)
     dead: list[Verdict] = field(default_factory=list)
     delete_requests: int = 0
+    uploads: dict[str, Tally] = field(default_factory=dict)
+    dead_uploads: list[UploadVerdict] = field(default_factory=list)
+    uploads_unseen: str = ""
 
     def dead_total(self) -> Tally:
         """Return the sum over everything that goes."""
@@ -111,6 +125,19 @@ class Collection:
                 total.blobs += tally.blobs
                 total.size_bytes += tally.size_bytes
         return total
+
+    def dead_uploads_total(self) -> Tally:
+        """Return the sum over the unfinished uploads that go."""
+        dead = [tally for reason, tally in self.uploads.items() if reason not in ALIVE]
+        return Tally(sum(tally.groups for tally in dead), 0, sum(tally.size_bytes for tally in dead))
+
+    def add_upload(self, verdict: UploadVerdict) -> None:
+        """Count a verdict about an unfinished upload."""
+        tally = self.uploads.setdefault(verdict.reason, Tally())
+        tally.groups += 1
+        tally.size_bytes += verdict.upload.size
+        if verdict.dead and len(self.dead_uploads) < GROUPS_SHOWN_MAX:
+            self.dead_uploads.append(verdict)
 
     def add(self, verdict: Verdict) -> None:
         """Count a verdict."""
@@ -136,7 +163,8 @@ def collect(
     """Find blobs that can never be referred to again, and remove them when `apply`.
 
     Requests: one listing (a page per 1000 objects), one read per group older than the grace, one write per expired push
-    and one delete per 1000 blobs. Memory does not grow with the registry.
+    and one delete per 1000 blobs; one listing of unfinished uploads, and up to three for each of them that is older
+    than the grace. Memory does not grow with the registry.
 
     Args:
         store: where.
@@ -169,7 +197,21 @@ def collect(
                 doomed = []
     if doomed:
         result.delete_requests += store.delete_blobs(doomed)
+    _collect_uploads(store, _prefix(tenant, ref), result)
     return result
+
+
+def _collect_uploads(store: Store, prefix: str, result: Collection) -> None:
+    """Look at unfinished uploads. Who may collect blobs, but not see uploads, is told so."""
+    judge = _Judge(store, result)
+    before_s = result.now_s - result.grace_s
+    try:
+        for verdict in judge_uploads(store, prefix, before_s=before_s, reason=judge.reason):
+            result.add_upload(verdict)
+            if result.applied and verdict.dead:
+                store.abort_upload(verdict.upload.key, verdict.upload.upload_id)
+    except StoreRefusedError as error:
+        result.uploads_unseen = error.message
 
 
 def storage_time(store: Store, grace_s: float = GRACE_S) -> float:
@@ -263,34 +305,35 @@ class _Judge:
             return Verdict(group, "not a push")
         if group.newest_s > self._now_s - self._grace_s:
             return Verdict(group, "young")
-        return Verdict(group, self._reason(group))
+        return Verdict(group, self.reason(group.ref, group.pid))
 
-    def _reason(self, group: Group) -> str:
-        assert group.ref.version is not None
+    def reason(self, ref: AdapterRef, pid: str) -> str:
+        """Return what becomes of blobs of a version under a push id; a dead push is fenced first."""
+        assert ref.version is not None
         try:
-            found = get_record(self._store, group.ref, group.ref.version)
+            found = get_record(self._store, ref, ref.version)
         except DamagedError:
             return "unreadable"
         if found is None:
             return "purged"
         record, etag = found
-        if record.pid != group.pid:
+        if record.pid != pid:
             return "replaced"
         if isinstance(record, CommittedRecord | DeletingRecord):
             return "live"
         if isinstance(record, DeletedRecord):
             return "deleted" if record.deleted_s + self._grace_s < self._now_s else "deleted recently"
         if isinstance(record, PendingRecord):
-            return self._fence(group, record, etag)
+            return self._fence(ref, record, etag)
         return "aborted"
 
-    def _fence(self, group: Group, record: PendingRecord, etag: str) -> str:
+    def _fence(self, ref: AdapterRef, record: PendingRecord, etag: str) -> str:
         """Abort an expired push, unless it commits first."""
         if not record.lease_over(self._now_s - self._grace_s):
             return "pushing"
         if self._apply:
-            assert group.ref.version is not None
-            key = layout.version_key(group.ref, group.ref.version)
+            assert ref.version is not None
+            key = layout.version_key(ref, ref.version)
             body = AbortedRecord(record.pid, "abandoned").to_bytes()
             try:
                 write_conditionally(self._store, key, body, etag=etag)

@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import datetime as dt
 import fnmatch
 import re
 from collections import deque
@@ -15,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from ..errors import DamagedError, KeyAbsentError, SignatureInvalidError
+from ..errors import AdapterNotFoundError, DamagedError, KeyAbsentError, SignatureInvalidError
 from ..format import layout
+from ..format.moments import written
 from ..format.record import (
     RECORD_BYTES_MAX,
     AbortedRecord,
@@ -42,6 +44,8 @@ _STATES: Final = {
     DeletingRecord: "deleting",
     DeletedRecord: "deleted",
 }
+_YEAR_9999_S: Final = 253_402_300_799  # the last second that has a date
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -131,6 +135,28 @@ def in_parallel(
         finally:
             for future in running:
                 future.cancel()
+
+
+def not_found(url: str, ref: AdapterRef, record: Record | None = None) -> AdapterNotFoundError:
+    """Return why nothing answers to a reference, in words: what its record says became of it, or that it has none.
+
+    Args:
+        url: the store's address.
+        ref: what was asked for.
+        record: the record found under it, not a committed one.
+    """
+    if isinstance(record, DeletedRecord):
+        when = written(dt.datetime.fromtimestamp(min(record.deleted_s, _YEAR_9999_S), dt.UTC))
+        return AdapterNotFoundError(
+            f"{ref} was deleted at {when}, reason {record.reason!a}; `registry ls {ref.name}` shows what is left."
+        )
+    if isinstance(record, DeletingRecord):
+        return AdapterNotFoundError(f"{ref} is being deleted; if that died, run `registry rm {ref}` again.")
+    if isinstance(record, PendingRecord):
+        return AdapterNotFoundError(
+            f"{ref} is being pushed and not committed yet; wait, or run that push again if it died."
+        )
+    return AdapterNotFoundError(f"{ref} is not in {url}; `registry ls {ref.name}` shows what is.")
 
 
 def _directories(store: Store, prefix: str, pattern: str, after: str) -> Iterator[str]:

@@ -7,6 +7,10 @@ check -> choose a version and reserve it -> upload blobs -> commit -> move the t
 Publishing the same bytes again finds the committed version and changes nothing. Whatever crashes between two steps,
 running the same command again completes it. After a commit with an unknown end nothing is deleted, ever.
 
+A push that fails before its commit gives its version free at once, unless it was sending a long file in parts, its user
+let it remember that (`resuming`), and the failure says nothing about the content: then its reservation and its parts
+stay until the lease is over, and the same command goes on with them.
+
 Requests, F being the files too long for the record (usually 1): 2 + F for a named version; one listing more to find
 the next number, and one look at the newest version when there is one; with a tag a read of the tag before, and after
 the commit a write of the tag and a re-check of the version, plus a write to the tag's log when the tag was there.
@@ -17,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import (
@@ -27,16 +31,28 @@ from ..errors import (
     RegistryError,
     SignatureInvalidError,
     StoreError,
+    StoreRefusedError,
+    StoreUnavailableError,
     UnsupportedAdapterError,
 )
 from ..format import layout
-from ..format.record import RECORD_BYTES_MAX, AbortedRecord, CommittedRecord, DeletedRecord, DeletingRecord
+from ..format.canonical import StrictJsonError
+from ..format.record import (
+    RECORD_BYTES_MAX,
+    AbortedRecord,
+    CommittedRecord,
+    DeletedRecord,
+    DeletingRecord,
+    check_attestations,
+)
 from ..refs import AdapterRef, Version
 from ..signing import Signer, sign_files, verify_bundle
+from ..signing.attestations import make_attestation
 from ..storage.store import Store, write_conditionally
 from ..validation.base import Progress
 from ..validation.weights import MANIFEST_NAME
 from .content import Content, Sealer, store_files
+from .resuming import PushLog, Resumables, content_digest, no_log
 from .tagging import TagMove, TagState, Target, Unread, move_tag, read_tag_state, require_expected
 from .versions import Outcome, Reservation, Reserver, get_record
 
@@ -44,6 +60,12 @@ __all__ = ["COMMITTED_BYTES_MAX", "Content", "Outcome", "Publication"]
 
 COMMITTED_BYTES_MAX: Final = RECORD_BYTES_MAX - (192 << 10)
 """Longest record that is committed, in bytes (832 KiB): it must also fit into a tag, beside the tag's signatures."""
+
+ENCRYPTED: Final = hashlib.sha256(b"encrypted").hexdigest()
+"""Stands for the content of an encrypted push; no content has it."""
+
+RESUMABLE: Final = (KeyboardInterrupt, SystemExit, StoreUnavailableError, StoreRefusedError)
+"""What may end an upload that the same command goes on with: it says nothing about the content."""
 
 
 class Publication:
@@ -56,6 +78,7 @@ class Publication:
         signers: the first signs the version, all sign the tag. May be empty for signed content without a tag.
         now: the time, with a zone.
         sealer: encrypts, when given.
+        resumables: remembers long uploads, when given.
     """
 
     def __init__(
@@ -67,6 +90,7 @@ class Publication:
         now: dt.datetime,
         *,
         sealer: Sealer | None = None,
+        resumables: Resumables | None = None,
     ) -> None:
         if not signers and content.signed is None:
             raise InvalidReferenceError("Something must sign the version; give a key or a signed bundle.")
@@ -76,6 +100,7 @@ class Publication:
         self._signers = signers
         self._now = now
         self._sealer = sealer
+        self._resumables = resumables
         self._tag: TagState | Unread | None = Unread.UNREAD
         self._created = now.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -108,12 +133,17 @@ class Publication:
             size_bytes=self._content.size_bytes,
             is_this=self._is_this,
         )
-        chosen = reserver.choose(self._signed_version(version))
-        if isinstance(chosen, Outcome):
-            return chosen
-        with self._aborted_on_failure(chosen):
-            record = self._upload(chosen, progress)
-        return self._commit(chosen, record)
+        wanted = self._signed_version(version)
+        with self._log(wanted) as log:
+            chosen = self._resumed(reserver, wanted, log) or reserver.choose(wanted)
+            if isinstance(chosen, Outcome):
+                return chosen
+            log.start(chosen.version, chosen.pid, self._content_digest)
+            with self._aborted_on_failure(chosen, log):
+                record = self._upload(chosen, progress, log)
+            outcome = self._commit(chosen, record)
+            log.forget()
+            return outcome
 
     def move_tag(self, tag: str, outcome: Outcome, *, expect: int | str | None, expires: str) -> TagMove:
         """Make `tag` point to the outcome; see `tagging.move_tag`."""
@@ -128,6 +158,39 @@ class Publication:
             expires=expires,
             known=self._tag,
         )
+
+    @property
+    def _content_digest(self) -> str:
+        """What another process must push to go on with this push. Encrypted pushes are like no other."""
+        return content_digest(self._content.files) if self._sealer is None else ENCRYPTED
+
+    def _log(self, wanted: Version | None) -> contextlib.AbstractContextManager[PushLog]:
+        if self._resumables is None:
+            return no_log()
+        return self._resumables.claim(self._store.url, self._ref, wanted)
+
+    def _resumed(self, reserver: Reserver, wanted: Version | None, log: PushLog) -> Reservation | None:
+        """Return the reservation of the push that an earlier process left, when it is this one and still ours."""
+        left = log.left
+        if left is None:
+            return None
+        if self._sealer is None and left.content == self._content_digest and wanted in (None, left.version):
+            reservation = reserver.resume(left.version, left.pid)
+            if reservation is not None:
+                return reservation
+        else:
+            reserver.abandon(left.version, left.pid)
+            self._abort_uploads(left.version, left.pid, left.uploads)
+        log.forget()
+        return None
+
+    def _abort_uploads(self, version: Version, pid: str, uploads: Mapping[str, str]) -> None:
+        """Remove what uploads of a push of ours left, best effort; `registry gc` finds the rest."""
+        prefix = f"{layout.blobs_prefix(self._ref)}{layout.blob_group(version, pid)}/"
+        for key, upload_id in uploads.items():
+            if key.startswith(prefix):
+                with contextlib.suppress(RegistryError):
+                    self._store.abort_upload(key, upload_id)
 
     def _signed_version(self, wanted: Version | None) -> Version | None:
         """Return the version wanted; what was signed elsewhere names it and must be about these very files."""
@@ -145,9 +208,10 @@ class Publication:
             raise ConflictError("The directory is not what the bundle was made for; sign it again.")
         return signed.version
 
-    def _upload(self, reservation: Reservation, progress: Progress | None) -> CommittedRecord:
+    def _upload(self, reservation: Reservation, progress: Progress | None, log: PushLog) -> CommittedRecord:
         """Store every file and return the record to commit."""
         manifest, bundle = self._signed_manifest(reservation.version)
+        attest = self._attest(reservation.version, manifest)
         seal = None
         if self._sealer is not None:
             seal = self._sealer.begin(self._ref, reservation.version, reservation.pid)
@@ -159,15 +223,28 @@ class Publication:
             self._content,
             seal=seal,
             progress=progress,
+            log=None if self._resumables is None else log,
         )
         encryption = None if seal is None else seal.encryption
-        record = CommittedRecord(reservation.pid, manifest, bundle, files, self._content.attest, encryption)
+        record = CommittedRecord(reservation.pid, manifest, bundle, files, attest, encryption)
         if len(record.to_bytes()) > COMMITTED_BYTES_MAX:
             raise UnsupportedAdapterError(
                 f"The record of the version would be longer than {COMMITTED_BYTES_MAX} bytes; shorten the texts, "
                 "the annotations or the attestations."
             )
         return record
+
+    def _attest(self, version: Version, manifest: bytes) -> tuple[dict[str, Any], ...]:
+        """Return what the record attests: the statements given, and those signed now about this very manifest."""
+        digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+        made = [
+            make_attestation(self._ref, version, digest, one.predicate_type, one.predicate, one.signer)
+            for one in self._content.statements
+        ]
+        try:
+            return check_attestations([*self._content.attest, *made])
+        except StrictJsonError as error:
+            raise InvalidReferenceError(f"The attestations are refused: {error}.") from error
 
     def _signed_manifest(self, version: Version) -> tuple[bytes, dict[str, Any]]:
         if self._content.signed is not None:
@@ -198,19 +275,23 @@ class Publication:
         return Outcome(reservation.version, record, etag, created=True)
 
     @contextlib.contextmanager
-    def _aborted_on_failure(self, reservation: Reservation) -> Iterator[None]:
-        """Give the version free at once when the upload fails.
+    def _aborted_on_failure(self, reservation: Reservation, log: PushLog) -> Iterator[None]:
+        """Give the version free at once when the upload fails, unless the same command can go on with it.
 
         Safe because no commit was tried yet: the swap only succeeds on our own pending record.
         """
         try:
             yield
         except BaseException as error:
+            if log.kept and isinstance(error, RESUMABLE):
+                raise
             reason = error.code if isinstance(error, RegistryError) else "interrupted"
             body = AbortedRecord(reservation.pid, reason).to_bytes()
             with contextlib.suppress(StoreError):
                 key = layout.version_key(self._ref, reservation.version)
                 self._store.swap(key, body, etag=reservation.etag)
+            self._abort_uploads(reservation.version, reservation.pid, log.uploads)
+            log.forget()
             raise
 
     def _is_this(self, record: CommittedRecord) -> bool:

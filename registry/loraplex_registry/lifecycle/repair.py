@@ -175,7 +175,7 @@ def finish(store: Store, findings: Sequence[Finding], *, by: str, now: dt.dateti
     done: list[str] = []
     for finding in findings:
         if finding.code == "delete-unfinished":
-            done.append(_finish_deletion(store, _ref_of(finding.key), by, now))
+            done.append(_finish_deletion(store, ref_of(finding.key), by, now))
         elif finding.code == "tag-copy-stale":
             done += _renew_copy(store, finding.key)
     return done
@@ -190,7 +190,7 @@ def _finish_deletion(store: Store, ref: AdapterRef, by: str, now: dt.datetime) -
 
 
 def _renew_copy(store: Store, key: str) -> list[str]:
-    ref = _ref_of(key)
+    ref = ref_of(key)
     assert ref.tag is not None
     state = read_tag_state(store, ref, ref.tag)
     if state is None or state.statement.version is None:
@@ -201,7 +201,7 @@ def _renew_copy(store: Store, key: str) -> list[str]:
     ]
 
 
-def _ref_of(key: str) -> AdapterRef:
+def ref_of(key: str) -> AdapterRef:
     """Return the version or tag that a record's or tag's key is about."""
     _, tenant, _, adapter, kind, name = key.split("/")
     stem = name.removesuffix(".json")

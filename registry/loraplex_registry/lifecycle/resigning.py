@@ -3,13 +3,17 @@
 Nothing is signed that the policy does not trust: every version and tag is verified first, and a rule in audit mode,
 which vouches for nothing, stops it all. Tags come before versions: a tag carries a copy of its version's record, and
 the copy's signature must still count at the time the tag's is judged by.
+
+The tenant's revocation list belongs to it: readers refuse everything of a tenant whose list is signed by a key that
+counts no longer. It is verified, signed again with the same entries, and only where that makes no reader refuse it who
+believed it before. How the rest is judged does not depend on whether that was done yet.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import (
@@ -19,17 +23,18 @@ from ..errors import (
     ExpiredError,
     PolicyRefusedError,
     RankTooLargeError,
-    RollbackError,
     TrustError,
 )
 from ..format.record import CommittedRecord
-from ..format.tags import TagStatement
 from ..refs import AdapterRef, version_order
 from ..registry import Registry, utc_now
 from ..signing import Signer, envelope_keyids
 from ..storage.store import Store
-from ..trust.marks import MemoryMarks
-from ..trust.verdict import TrustPolicy, VerifiedManifest
+from ..trust.marks import FrozenMarks, MemoryMarks
+from ..trust.policy import TrustedKey, TrustPolicy, keys_of
+from ..trust.revocations import poll
+from ..trust.revoking import append, require_extendable
+from ..trust.verdict import VerifiedManifest
 from ..trust.verifier import Verifier
 from .amend import resign
 from .tagging import find_target, move_tag, read_tag_state, tag_names
@@ -50,14 +55,25 @@ class Resigned:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ResignedList:
+    """What became of a tenant's revocation list, as `Resigned`; `serial` is the one it has now."""
+
+    tenant: str
+    outcome: str
+    serial: int
+    code: str = ""
+    reason: str = ""
+
+
 class Resigner:
-    """Signs the versions and tags of one adapter after another.
+    """Signs the versions and tags of one adapter after another, and revocation lists.
 
     Args:
         store: where they are.
         policy: decides what is trusted.
         signer: the key that is to sign.
-        marks: what was seen before; an older tag that was put back is not signed.
+        marks: what was seen before; an older tag or list that was put back is not signed.
         as_of: time by which the old keys are judged when they do not count any more; None judges by now alone.
         dry_run: only tell what would be signed.
     """
@@ -75,11 +91,60 @@ class Resigner:
         self._store = store
         self._policy = policy
         self._signer = signer
+        self._as_of = as_of
         self._dry_run = dry_run
         self._marks = MemoryMarks() if marks is None else marks
-        self._now = Verifier(Registry(store), policy, marks=self._marks)
-        # Marks compare the clock with what was seen, so that an earlier time would be refused as a clock set back.
-        self._then = None if as_of is None else Verifier(Registry(store), policy, now=lambda: as_of)
+        registry, widened = Registry(store), _with_past_revokers(policy, as_of)
+        self._now = Verifier(registry, widened, marks=self._marks)
+        self._then = None
+        if as_of is not None:
+            self._then = Verifier(registry, widened, marks=self._marks, as_of=as_of)
+
+    def revocations(self, tenant: str) -> ResignedList | None:
+        """Sign a tenant's revocation list again; None when there is none, or the policy believes none.
+
+        Raises:
+            StoreUnavailableError, StoreRefusedError: the storage.
+        """
+        listed = {item.key.keyid: item for rule in self._policy.rules_of(tenant) for item in rule.revokers}
+        current = poll(self._store, tenant) if listed else None
+        if current is None:
+            return None
+        serial, keyids = current.statement.serial, envelope_keyids(current.envelope)
+        now, revokers = utc_now(), list(listed.values())
+        # Where adapters and revocations are signed by different people, the list is not this key's business.
+        of_others = self._signer.keyid not in listed and _any_counts(keyids, revokers, now)
+        if of_others or self._signer.keyid in keyids:
+            return ResignedList(tenant, UNCHANGED, serial)
+        accept = _counted(revokers, self._as_of)
+        try:
+            self._require_no_loss(tenant, keyids, now)
+            if self._dry_run:
+                require_extendable(
+                    current,
+                    tenant,
+                    self._signer,
+                    revokers=revokers,
+                    accept=accept,
+                    now=now,
+                    marks=FrozenMarks(self._marks),
+                )
+                return ResignedList(tenant, RESIGNED, serial)
+            made, _ = append(
+                self._store,
+                tenant,
+                [],
+                self._signer,
+                revokers=revokers,
+                accept=accept,
+                now=now,
+                marks=self._marks,
+                refresh=True,
+                keep_lifetime=True,
+            )
+        except (TrustError, ConflictError) as error:
+            return ResignedList(tenant, LEFT, serial, error.code, error.message)
+        return ResignedList(tenant, RESIGNED, made.statement.serial)
 
     def adapter(self, ref: AdapterRef) -> Iterator[Resigned]:
         """Sign an adapter's tags and committed versions, oldest first, and yield what became of each.
@@ -96,6 +161,15 @@ class Resigner:
             found = get_record(self._store, ref, version)
             if found is not None and isinstance(found[0], CommittedRecord):
                 yield self._try(AdapterRef(ref.tenant, ref.adapter, version=version))
+
+    def _require_no_loss(self, tenant: str, keyids: tuple[str, ...], now: dt.datetime) -> None:
+        """Refuse to sign a list so that a rule which believes it now would not any more."""
+        for rule in self._policy.rules_of(tenant):
+            if _any_counts(keyids, rule.revokers, now) and self._signer.keyid not in keys_of(rule.revokers):
+                raise PolicyRefusedError(
+                    f"The policy rule {rule.scope!r} believes the revocation list of tenant {tenant} as it is signed, "
+                    "and does not list this key among its revokers; add it there first."
+                )
 
     def _require_enforced(self, ref: AdapterRef) -> None:
         rule = self._policy.rule_for(ref.tenant, ref.adapter)
@@ -128,7 +202,6 @@ class Resigner:
         verified = self._verify(ref)
         if state.statement.generation != verified.tag_generation:
             raise ConflictError(f"{ref} was moved meanwhile; run the command again.")
-        self._require_newest(ref, state.statement)
         target = find_target(self._store, verified.ref)
         if target.record.manifest_bytes != verified.record.manifest_bytes:
             raise DigestMismatchError(f"{verified.ref} is not what {ref} was signed for; look at both.")
@@ -145,14 +218,6 @@ class Resigner:
             expires=state.statement.expires,
         ).moved
 
-    def _require_newest(self, ref: AdapterRef, statement: TagStatement) -> None:
-        """Refuse a tag older than one seen before, whatever time it was judged by."""
-        mark = self._marks.seen(ref.tenant).marks.get(f"{ref.adapter}@{ref.tag}")
-        if mark is None or statement.generation > mark.number:
-            return
-        if (statement.generation, statement.sha256) != (mark.number, mark.sha256):
-            raise RollbackError(f"{ref} is older than it was seen before; look at the bucket's history.")
-
     def _require_alone(self, ref: AdapterRef, tag: str, keyids: tuple[str, ...]) -> None:
         """Refuse a tag that this key alone cannot sign."""
         needed = self._policy.rule_for(ref.tenant, ref.adapter).tag_rule(tag)
@@ -168,3 +233,34 @@ class Resigner:
             if self._then is None:
                 raise
             return self._then.verify(ref)
+
+
+def _counts(key: TrustedKey, moment: dt.datetime) -> bool:
+    try:
+        key.check(moment)
+    except ExpiredError:
+        return False
+    return True
+
+
+def _any_counts(keyids: Sequence[str], keys: Sequence[TrustedKey], moment: dt.datetime) -> bool:
+    return any(item.key.keyid in keyids and _counts(item, moment) for item in keys)
+
+
+def _counted(keys: Sequence[TrustedKey], as_of: dt.datetime | None) -> list[TrustedKey]:
+    """Return the keys that counted at a time, without their dates: what they signed then is believed."""
+    if as_of is None:
+        return []
+    return [replace(item, valid_from=None, valid_to=None) for item in keys if _counts(item, as_of)]
+
+
+def _with_past_revokers(policy: TrustPolicy, as_of: dt.datetime | None) -> TrustPolicy:
+    """Return a policy that also believes the lists of revokers who counted at a time."""
+    if as_of is None:
+        return policy
+    rules = []
+    for rule in policy.rules:
+        past = _counted(rule.revokers, as_of)
+        rest = [item for item in rule.revokers if item.key.keyid not in keys_of(past)]
+        rules.append(replace(rule, revokers=(*past, *rest)))
+    return TrustPolicy(tuple(rules), policy.digest)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..errors import AdapterNotFoundError, ConflictError, InvalidReferenceError, KeyConflictError
+from ..errors import ConflictError, InvalidReferenceError, KeyConflictError
 from ..format import layout
 from ..format.record import CommittedRecord
 from ..format.tags import TagObject, TagStatement, read_tag
 from ..refs import AdapterRef, Version, check_digest, check_version
 from ..storage.store import Store, write_conditionally
+from .listing import not_found
 from .versions import get_item, get_record
 
 COPY_TRIES_MAX: Final = 5
@@ -68,7 +69,7 @@ def find_target(store: Store, ref: AdapterRef) -> Target:
         raise InvalidReferenceError(f"{ref} does not name a version; write {ref.name}@3.")
     found = get_record(store, ref, ref.version)
     if found is None or not isinstance(found[0], CommittedRecord):
-        raise AdapterNotFoundError(f"{ref} is not in {store.url}; `registry ls {ref.name}` shows what is.")
+        raise not_found(store.url, ref, None if found is None else found[0])
     return Target(ref.version, found[0], found[1])
 
 
@@ -133,8 +134,14 @@ def parse_expect(text: str) -> int | str:
     """
     if text.isascii() and text.isdigit() and len(text) <= 10:
         return int(text)
-    if text != ABSENT:
-        check_digest(text) if text.startswith("sha256:") else check_version(text)
+    try:
+        if text != ABSENT:
+            check_digest(text) if text.startswith("sha256:") else check_version(text)
+    except InvalidReferenceError as error:
+        raise InvalidReferenceError(
+            f"{text[:80]!r} is nothing a tag can be at; write its generation, which `registry log` shows, 0 if there "
+            "never was one, absent, a digest, or a semantic version."
+        ) from error
     return text
 
 
@@ -147,7 +154,9 @@ def require_expected(
     gone = current is None or current.version is None
     generation = 0 if current is None else current.generation
     found = ABSENT if current is None or gone else f"sha256:{current.manifest_sha256}"
-    if expect in (generation, found) or (current is not None and not gone and expect == current.version):
+    # A whole number is a generation, never a version's: a tag that came back to version 1 is not at generation 1.
+    semantic = current is not None and not gone and isinstance(expect, str) and expect == current.version
+    if semantic or expect in (generation, found):
         return
     raise ConflictError(
         f"{ref.name}@{tag} is at generation {generation} ({found}), not at {expect}; look at it and decide again."

@@ -11,6 +11,7 @@ Adapters whose newest version is a semantic version have no next number: there t
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +142,41 @@ class Reserver:
                 return found
         raise ConflictError(f"No free version of {self._ref.name} was found; push again.")
 
+    def resume(self, version: Version, pid: str) -> Reservation | None:
+        """Renew the lease of a reservation that an earlier process of this user made; None when it is lost.
+
+        Two processes that renew it within one second write the same bytes, and both go on. They upload the same
+        content to the same keys, and the first commit ends the other's.
+        """
+        found = self._own_pending(version, pid)
+        if found is None:
+            return None
+        try:
+            body = self._pending(pid)
+            return Reservation(
+                version, pid, write_conditionally(self._store, self._key(version), body, etag=found)
+            )
+        except KeyConflictError:
+            return None
+
+    def abandon(self, version: Version, pid: str) -> None:
+        """Give a version free that an earlier process of this user reserved, unless it is lost or committed."""
+        found = self._own_pending(version, pid)
+        if found is not None:
+            with contextlib.suppress(KeyConflictError):
+                body = AbortedRecord(pid, "abandoned").to_bytes()
+                write_conditionally(self._store, self._key(version), body, etag=found)
+
+    def _own_pending(self, version: Version, pid: str) -> str | None:
+        """Return the etag of a version's record when it is pending under this push id and by this key."""
+        try:
+            found = get_record(self._store, self._ref, version)
+        except DamagedError:
+            return None
+        if found is None or not isinstance(found[0], PendingRecord):
+            return None
+        return found[1] if (found[0].pid, found[0].by) == (pid, self._by) else None
+
     def _named(self, version: Version) -> Reservation | Outcome:
         found = self._reserve_free(version)
         if isinstance(found, Reservation):
@@ -238,7 +274,10 @@ class Reserver:
         if isinstance(record, AbortedRecord):
             return f"{name} was taken by another push; push again."
         if isinstance(record, CommittedRecord):
-            return f"{name} exists with other content; push a new version."
+            return (
+                f"{name} exists with other content, or signed with another key, or not encrypted though a key is set; "
+                "push a new version."
+            )
         return f"{name} was deleted, and a version never comes to mean something else; push a new version."
 
     def _key(self, version: Version) -> str:

@@ -22,9 +22,7 @@ from ..refs import AdapterRef, Version, check_digest
 from .bundles import IN_TOTO_TYPE, PREDICATE_TYPE, STATEMENT_TYPE
 from .envelopes import (
     PAYLOAD_BYTES_MAX,
-    envelope_keyid,
     envelope_keyids,
-    payload_unverified,
     sign_envelope,
     verify_envelope,
 )
@@ -137,24 +135,6 @@ def read_predicate(body: bytes) -> dict[str, Any]:
     if not isinstance(predicate, dict):
         raise SettingsError("The predicate is not a JSON object; write one.")
     return predicate
-
-
-def attestation_keyid(envelope: object) -> str:
-    """Return the id of the one key an attestation claims, unverified.
-
-    Raises:
-        SignatureInvalidError: not an envelope with exactly one signature.
-    """
-    return envelope_keyid(envelope)
-
-
-def read_attestation_unverified(envelope: object) -> Attestation:
-    """Return what an attestation says without any check who signed: for listings, never for decisions.
-
-    Raises:
-        SignatureInvalidError: not an attestation.
-    """
-    return _read(payload_unverified(envelope))[0]
 
 
 def verify_attestations(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import durable
 from ..errors import SettingsError, SignatureInvalidError
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def generate_key(
     passphrase: str | None = None,
     *,
     algorithm: str = "ecdsa-p256",
-    public_path: Path | None = None,
 ) -> PublicKey:
     """Create a key pair: PKCS#8 PEM at `path` (mode 0600, encrypted when a passphrase is given), public PEM beside it.
 
@@ -97,7 +96,6 @@ def generate_key(
         path: private key file; must not exist.
         passphrase: encrypts the private key.
         algorithm: one of `ALGORITHMS`.
-        public_path: default `path` with the suffix `.pub`.
 
     Raises:
         SettingsError: a file exists already, or the algorithm is unknown.
@@ -110,7 +108,7 @@ def generate_key(
     public = public_key_of(private.public_key())
     place = Path(path)
     write_new(place, private_pem, mode=0o600)
-    write_new(public_path or place.with_suffix(".pub"), public.pem.encode("ascii"), mode=0o644)
+    write_new(place.with_suffix(".pub"), public.pem.encode("ascii"), mode=0o644)
     return public
 
 
@@ -177,22 +175,13 @@ def write_new(path: Path, body: bytes, *, mode: int) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        durable.write_new(path, body, mode=mode)
     except FileExistsError as error:
         raise SettingsError(
             f"{path} exists already; a key is never overwritten, choose another name."
         ) from error
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error.strerror}).") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,6 +20,7 @@ def signers_of(
     now: dt.datetime,
     threshold: int = 1,
     not_revoked: Callable[[str], None] | None = None,
+    remedy: str = "",
 ) -> tuple[TrustedKey, ...]:
     """Return the trusted keys that signed an envelope and count now; at least `threshold` of them.
 
@@ -35,33 +36,38 @@ def signers_of(
         now: the time to judge key dates by.
         threshold: how many different keys must count.
         not_revoked: called with a key id; raises RevokedError.
+        remedy: sentences about what to do, behind the refusal of a signer who is not listed or whose time is over.
 
     Raises:
         SignatureInvalidError: no listed key, a bad signature, or too few that count.
         ExpiredError, RevokedError: too few are left, and this is why the first one does not count.
     """
-    claimed = envelope_keyids(envelope)
+    claimed, name = envelope_keyids(envelope), f"{what[:1].upper()}{what[1:]}"
+    remedy = remedy and f" {remedy}"
     listed = [item for item in trusted if item.key.keyid in claimed]
     if not listed:
         raise SignatureInvalidError(
-            f"{what[:1].upper()}{what[1:]} is signed with key {claimed[0][:16]}…, which the policy does not list "
-            f"among the {role}; sign it with a listed key or add the key to the policy."
+            f"{name} is signed with key {claimed[0][:16]}…, which the policy does not list among the {role}; "
+            f"sign it with a listed key or add the key to the policy.{remedy}"
         )
     verify_envelope(envelope, payload_type, [item.key for item in listed])
-    counting, first_reason = [], None
+    counting: list[TrustedKey] = []
+    first_reason: ExpiredError | RevokedError | None = None
     for item in listed:
         try:
             item.check(now)
             if not_revoked is not None:
                 not_revoked(item.key.keyid)
             counting.append(item)
-        except (ExpiredError, RevokedError) as error:
-            first_reason = first_reason or error
+        except ExpiredError as error:
+            first_reason = first_reason or ExpiredError(f"{name.rstrip(',')}: {error.message}{remedy}")
+        except RevokedError as error:
+            first_reason = first_reason or RevokedError(f"{name.rstrip(',')}: {error.message}")
     if len(counting) >= threshold:
         return tuple(counting)
     if first_reason is not None:
         raise first_reason
     raise SignatureInvalidError(
-        f"{what[:1].upper()}{what[1:]} has {len(counting)} of the {threshold} signatures the policy demands; "
+        f"{name} has {len(counting)} of the {threshold} signatures the policy demands; "
         f"have another of the {role} sign it too."
     )

@@ -18,7 +18,8 @@ def write_conditionally(store: Store, key: str, body: bytes, *, etag: str | None
 
     A reply may be lost after the write was applied, and a load balancer that sends a request twice turns success into
     a conflict with oneself (trino#27388, trino#27701). So neither silence nor a conflict is the end: what stands
-    there is compared with what was sent.
+    there is compared with what was sent. A refusal (403) is the last write; if an earlier one is in doubt, one look
+    follows it, since "refused" would be a false answer to a write that has arrived meanwhile.
 
     Args:
         store: where.

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+from ..durable import sync_directory
+
 NETWORK_FILE_SYSTEMS: Final = frozenset(
     {
         "nfs",
@@ -72,11 +74,7 @@ class Disk:
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(path)
 
 
 def file_system(path: Path) -> str:

@@ -32,6 +32,8 @@ from .store import (
     Item,
     Piece,
     StoredBlob,
+    StoredUpload,
+    UploadLog,
     require_blob_key,
     require_key,
     require_prefix,
@@ -117,7 +119,15 @@ class MemoryStore:
             self._put(key, bytes(body))
         return _etag(body)
 
-    def put_blob(self, key: str, path: Path, file: FileEntry, *, progress: BlobProgress | None = None) -> int:
+    def put_blob(
+        self,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        *,
+        progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,  # noqa: ARG002  (no parts here)
+    ) -> int:
         """See `Store.put_blob`."""
         require_key(key)
         if file.size > BLOB_BYTES_MAX:
@@ -179,6 +189,13 @@ class MemoryStore:
                 if self._objects.pop(key, None) is not None:
                     del self._keys[bisect.bisect_left(self._keys, key)]
         return int(bool(wanted))
+
+    def uploads(self, prefix: str, *, before_s: float) -> Iterator[StoredUpload]:  # noqa: ARG002
+        """See `Store.uploads`; there are no parts here."""
+        return iter(())
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """See `Store.abort_upload`."""
 
     def _below(self, prefix: str) -> list[str]:
         require_prefix(prefix)

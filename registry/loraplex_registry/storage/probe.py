@@ -14,12 +14,10 @@ import contextlib
 import hashlib
 import random
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..errors import (
     DigestMismatchError,
@@ -31,6 +29,8 @@ from ..errors import (
 )
 from ..format.manifest import FileEntry
 from .disk import file_system, is_network_file_system
+from .probe_race import race
+from .probe_report import Check, ProbeReport
 from .store import Store, write_conditionally
 
 WRITERS: Final = 32
@@ -46,51 +46,9 @@ CLOCK_SKEW_S_MAX: Final = 300.0
 """Largest difference of clocks that is not reported, in seconds."""
 
 _BODY_BYTES_MAX: Final = 4096
-_RACE_WAIT_S: Final = 60.0
 
 CREATE: Final = "If-None-Match: *"
 SWAP: Final = "If-Match"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One promise.
-
-    Attributes:
-        name: stable, kebab-case.
-        ok: the storage keeps it.
-        detail: one sentence; of a failure it names the missing condition.
-        required: without it the registry must not write.
-    """
-
-    name: str
-    ok: bool
-    detail: str
-    required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What a probe found."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every required check is good."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[Check, ...]:
-        """The required checks that are not."""
-        return tuple(check for check in self.checks if check.required and not check.ok)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return the checks as they stand in the root's marker."""
-        return [
-            {"name": check.name, "ok": check.ok, "required": check.required, "detail": check.detail}
-            for check in self.checks
-        ]
 
 
 def probe(
@@ -269,7 +227,7 @@ class _Probe:
             if first:
                 write_conditionally(self._store, key, self._body(), etag=None)
             bodies = [self._body() for _ in range(self._writers)]
-            won, unknown = _race(writer(key), bodies)
+            won, unknown = race(writer(key), bodies)
             found = self._read(key)
             if len(won) > 1:
                 wrong.append(f"{len(won)} of {self._writers} writers won")
@@ -321,47 +279,6 @@ class _Probe:
 
     def _exists(self, key: str) -> bool:
         return self._read(key) is not None
-
-
-def _race(write: Callable[[bytes], object], bodies: list[bytes]) -> tuple[list[bytes], int]:
-    """Let one thread per body write at the same moment.
-
-    Returns:
-        The bodies of those that were told they won, and how many got no answer.
-
-    Raises:
-        StoreError: a writer met neither victory nor defeat nor a lost reply.
-    """
-    barrier = threading.Barrier(len(bodies))
-    lock = threading.Lock()  # guards the lists
-    won: list[bytes] = []
-    unknown: list[bytes] = []
-    failed: list[StoreError] = []
-
-    def run(body: bytes) -> None:
-        barrier.wait(_RACE_WAIT_S)
-        try:
-            write(body)
-        except KeyConflictError:
-            return
-        except StoreUnavailableError:
-            with lock:
-                unknown.append(body)
-        except StoreError as error:
-            with lock:
-                failed.append(error)
-        else:
-            with lock:
-                won.append(body)
-
-    threads = [threading.Thread(target=run, args=(body,), daemon=True) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-    return won, len(unknown)
 
 
 def _or_alone(part: Callable[[], list[Check]]) -> list[Check]:

@@ -20,7 +20,8 @@ from typing import Any, Final
 from ..errors import ConflictError, DamagedError, KeyAbsentError, KeyConflictError, StoreRefusedError
 from ..format import layout
 from ..format.canonical import StrictJsonError, canonical, exact_object, parse
-from .probe import Check, ProbeReport, probe
+from .probe import probe
+from .probe_report import ProbeReport
 from .store import Store, write_conditionally
 
 FORMAT: Final = 1
@@ -80,7 +81,7 @@ def examine(
     before = read_marker(store)
     sizes = {name: size for name, size in (("writers", writers), ("rounds", rounds)) if size is not None}
     report = probe(store, rng=rng, **sizes)
-    if before is not None and before.report is not None and _same(before.report, report):
+    if before is not None and before.report is not None and before.report.says_the_same(report):
         return Examination(report, before, written=False)
     write_marker(store, report, now=now)
     return Examination(report, before, written=True)
@@ -185,25 +186,9 @@ def _marker(value: dict[str, Any], etag: str) -> Marker:
     if "probe" not in value:
         return Marker(None, "", etag)
     found = exact_object(value["probe"], frozenset({"passed", "at", "checks"}))
-    if not isinstance(found["at"], str) or not isinstance(found["checks"], list):
+    if not isinstance(found["at"], str):
         raise StrictJsonError("the probe has values of a wrong kind")
-    report = ProbeReport(tuple(map(_one_check, found["checks"])))
+    report = ProbeReport.from_json(found["checks"])
     if found["passed"] is not report.passed:
         raise StrictJsonError("the probe contradicts its checks")
     return Marker(report, found["at"], etag)
-
-
-def _one_check(value: object) -> Check:
-    fields = exact_object(value, frozenset({"name", "ok", "required", "detail"}))
-    if not (isinstance(fields["ok"], bool) and isinstance(fields["required"], bool)):
-        raise StrictJsonError("a check has values of a wrong kind")
-    if not (isinstance(fields["name"], str) and isinstance(fields["detail"], str)):
-        raise StrictJsonError("a check has values of a wrong kind")
-    return Check(fields["name"], fields["ok"], fields["detail"], fields["required"])
-
-
-def _same(one: ProbeReport, other: ProbeReport) -> bool:
-    """Say whether two reports have the same verdicts; the sentences hold measurements."""
-    return [(check.name, check.ok) for check in one.checks] == [
-        (check.name, check.ok) for check in other.checks
-    ]

@@ -25,12 +25,15 @@ from .s3_client import S3Connection, pause
 from .s3_data import PassOnError
 from .s3_errors import BusyError, NotModifiedError, of_code
 from .s3_options import S3Options
+from .s3_uploads import S3Uploads
 from .store import (
     PAGE_KEYS,
     BlobProgress,
     Item,
     Piece,
     StoredBlob,
+    StoredUpload,
+    UploadLog,
     is_name,
     require_blob_key,
     require_key,
@@ -66,7 +69,8 @@ class S3Store:
         self._connection = S3Connection(
             bucket, prefix, endpoint_url=endpoint_url, region=region, options=options
         )
-        self._blobs = S3Blobs(self._connection)
+        self._uploads = S3Uploads(self._connection)
+        self._blobs = S3Blobs(self._connection, self._uploads)
 
     @property
     def url(self) -> str:
@@ -98,10 +102,18 @@ class S3Store:
         except KeyAbsentError as error:  # S3 answers 404 to If-Match on a key that is gone
             raise KeyConflictError(f"{key} is gone from {self.url}.") from error
 
-    def put_blob(self, key: str, path: Path, file: FileEntry, *, progress: BlobProgress | None = None) -> int:
+    def put_blob(
+        self,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        *,
+        progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,
+    ) -> int:
         """See `Store.put_blob`."""
         require_key(key)
-        return self._blobs.put(key, path, file, progress=progress)
+        return self._blobs.put(key, path, file, progress=progress, upload=upload)
 
     def read_range(self, key: str, *, start: int, length: int, size_bytes: int) -> Iterator[Piece]:
         """See `Store.read_range`."""
@@ -141,6 +153,14 @@ class S3Store:
         for start in range(0, len(wanted), PAGE_KEYS):
             self._delete(wanted[start : start + PAGE_KEYS])
         return -(-len(wanted) // PAGE_KEYS)
+
+    def uploads(self, prefix: str, *, before_s: float) -> Iterator[StoredUpload]:
+        """See `Store.uploads`."""
+        return self._uploads.unfinished(prefix, before_s=before_s)
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """See `Store.abort_upload`."""
+        self._uploads.abort(key, upload_id)
 
     def _get(self, key: str, limit_bytes: int, **condition: str) -> Item:
         require_key(key)

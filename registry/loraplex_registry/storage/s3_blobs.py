@@ -1,4 +1,4 @@
-"""Blobs of an S3 store by plain requests: one upload, or parts above 64 MiB; one ranged download that streams.
+"""Blobs of an S3 store by plain requests: one upload, one ranged download that streams. Long files: `s3_uploads`.
 
 Uploads carry the SHA-256 that S3 checks on arrival, so a damaged upload is refused instead of stored.
 """
@@ -11,37 +11,42 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from ..errors import DigestMismatchError, KeyConflictError, StoreError, StoreUnavailableError
 from ..format.manifest import FileEntry
 from ..validation.weights import open_regular
+from . import s3_uploads
 from .s3_client import S3Connection
 from .s3_data import PassOnError
 from .s3_errors import BrokenBodyError, call
-from .store import CHUNK_BYTES, BlobProgress, Piece, require_range
-
-PART_BYTES: Final = 16 << 20
-"""Bytes of one part of a multipart upload."""
-
-MULTIPART_ABOVE_BYTES: Final = 64 << 20
-"""Files longer than this go up in parts."""
+from .s3_uploads import S3Uploads, changed_error
+from .store import CHUNK_BYTES, BlobProgress, Piece, UploadLog, require_range
 
 
 class S3Blobs:
     """See the module."""
 
-    def __init__(self, connection: S3Connection) -> None:
+    def __init__(self, connection: S3Connection, uploads: S3Uploads) -> None:
         self._connection = connection
+        self._uploads = uploads
 
-    def put(self, key: str, path: Path, file: FileEntry, *, progress: BlobProgress | None = None) -> int:
+    def put(
+        self,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        *,
+        progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,
+    ) -> int:
         """See `Store.put_blob`."""
         with open_regular(path) as source:
             # A body shorter than its stated length would make the server wait for the rest until the timeout.
             if os.fstat(source.fileno()).st_size != file.size:
-                raise _changed(path.name)
-            if file.size > MULTIPART_ABOVE_BYTES:
-                return self._put_parts(key, source, file, progress)
+                raise changed_error(path.name)
+            if file.size > s3_uploads.MULTIPART_ABOVE_BYTES:
+                return self._uploads.put(key, source, file, progress=progress, log=upload)
             data = self._connection.data()
             if data is not None:
                 with suppress(PassOnError):
@@ -92,54 +97,6 @@ class S3Blobs:
             if answer.get("ContentRange") is None and length != size_bytes:
                 raise StoreUnavailableError(f"{connection.url} ignores ranges; {key} cannot be read.")
             yield from _exactly(body, length, key, connection)
-
-    def _put_parts(self, key: str, source: BinaryIO, file: FileEntry, progress: BlobProgress | None) -> int:
-        """Upload in parts; the object appears only when the bytes read were the ones expected."""
-        connection = self._connection
-        place: Any = connection.place(key)
-        started = connection.repeat(
-            "write",
-            key,
-            lambda client: client.create_multipart_upload(
-                **place, **connection.write_arguments(), ChecksumAlgorithm="SHA256"
-            ),
-        )
-        place["UploadId"] = started["UploadId"]
-        try:
-            parts = self._send_parts(key, place, source, file, progress)
-            done: Any = {"Parts": parts}
-            connection.repeat(
-                "write", key, lambda client: client.complete_multipart_upload(**place, MultipartUpload=done)
-            )
-        except BaseException:
-            with suppress(Exception):  # best effort; a bucket rule removes what stays behind
-                connection.client().abort_multipart_upload(**place)
-            raise
-        return len(parts) + 2
-
-    def _send_parts(
-        self, key: str, place: Any, source: BinaryIO, file: FileEntry, progress: BlobProgress | None
-    ) -> list[Any]:
-        digest, size = hashlib.sha256(), 0
-        parts: list[Any] = []
-        while chunk := source.read(PART_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            part: Any = {
-                "PartNumber": len(parts) + 1,
-                "ChecksumSHA256": base64.b64encode(hashlib.sha256(chunk).digest()).decode("ascii"),
-            }
-            answer = self._connection.repeat(
-                "write",
-                key,
-                lambda client, part=part, chunk=chunk: client.upload_part(**place, **part, Body=chunk),  # type: ignore[misc]
-            )
-            parts.append({**part, "ETag": answer["ETag"]})
-            if progress is not None:
-                progress(len(chunk))
-        if (size, digest.hexdigest()) != (file.size, file.sha256):
-            raise _changed(file.name)
-        return parts
 
 
 @contextmanager
@@ -233,9 +190,5 @@ def _refuse_changed(source: BinaryIO, name: str, file: FileEntry, error: StoreEr
         digest.update(chunk)
         size += len(chunk)
     if (size, digest.hexdigest()) != (file.size, file.sha256):
-        raise _changed(name) from error
+        raise changed_error(name) from error
     raise error
-
-
-def _changed(name: str) -> DigestMismatchError:
-    return DigestMismatchError(f"{name} changed while it was published; leave it alone and push again.")

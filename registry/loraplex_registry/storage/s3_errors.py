@@ -82,6 +82,8 @@ def of_answer(url: str, verb: str, key: str, response: Any) -> StoreError:
         return BusyError(f"{url} is busy with another write of {key}; try again.")
     if status in {412, 416}:
         return KeyConflictError(f"{key} changed in {url}.")
+    if code == "NotImplemented":  # 501, by look-alikes: asking again changes nothing
+        return of_code(url, verb, key, code)
     if status >= 500 or status == 429 or code in _UNAVAILABLE:
         return _silence(url, verb, key, code or str(status))
     return of_code(url, verb, key, code or str(status))

@@ -1,12 +1,16 @@
 """How an S3 store talks to its bucket: encryption at rest, object lock, checksums and patience, as one value.
 
+Settings files and the environment name the options as the attributes of `S3Options` do, everywhere. A name that is
+not known is refused together with those that are: a misspelt `lock_days` must not leave a bucket unlocked.
+
 Importing this module needs no AWS SDK, so that settings can be read and checked without it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
 from ..errors import SettingsError
 
@@ -19,6 +23,12 @@ LOCK_DAYS_MAX: Final = 36_500
 
 TIMEOUT_S_MAX: Final = 600.0
 """Longest silence that may be configured, in seconds."""
+
+ENVIRONMENT_PREFIX: Final = "LORAPLEX_S3_"
+"""With an option's name in capitals, as `LORAPLEX_S3_SSE`, a variable that comes before the settings file."""
+
+READING: Final = ("checksums", "timeout_s")
+"""The options that matter to a program that only reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,58 @@ class S3Options:
             raise SettingsError("Object lock needs lock_mode and lock_days; set both or none.")
         if self.lock_days is not None and not 1 <= self.lock_days <= LOCK_DAYS_MAX:
             raise SettingsError(f"lock_days {self.lock_days} must be between 1 and {LOCK_DAYS_MAX}.")
+
+
+OPTIONS: Final = tuple(item.name for item in fields(S3Options))
+"""The names of all options."""
+
+_NUMBERS: Final[dict[str, type[int] | type[float]]] = {"timeout_s": float, "lock_days": int}
+
+
+def read_options(table: Mapping[str, Any], *, where: str, known: Sequence[str] = OPTIONS) -> S3Options:
+    """Return the options of a section of a settings file.
+
+    Args:
+        table: names and values; the numbers are `timeout_s` and `lock_days`, the rest are texts.
+        where: the file and the section, for messages.
+        known: the names that may be there.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong type or out of range, or options that do not fit together.
+    """
+    for name, value in table.items():
+        if name not in known:
+            beside = " is for programs that write;" if name in OPTIONS else " is unknown;"
+            raise SettingsError(f"{where}: {name[:80]!r}{beside} known here are {', '.join(known)}.")
+        kinds: tuple[type, ...] = (_NUMBERS[name], int) if name in _NUMBERS else (str,)
+        if type(value) not in kinds or value == "":
+            what = "a whole number" if name == "lock_days" else "a number" if name in _NUMBERS else "a text"
+            raise SettingsError(f"{where}: {name} must be {what}, not {value!r}.")
+    try:
+        return S3Options(**table)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error.message}") from error
+
+
+def environment_options(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options that the environment sets, as a table; an empty variable counts as not set.
+
+    Raises:
+        SettingsError: a variable that begins like an option but names none, or a number that is none.
+    """
+    table: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not text:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name not in OPTIONS:
+            known = ", ".join(ENVIRONMENT_PREFIX + option.upper() for option in OPTIONS)
+            raise SettingsError(f"The variable {variable[:80]} is unknown; known are {known}.")
+        try:
+            table[name] = _NUMBERS[name](text) if name in _NUMBERS else text
+        except ValueError:
+            raise SettingsError(f"The variable {variable} must be a number, not {text[:80]!r}.") from None
+    return table
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The seam between the registry and its storage: eleven methods, three backends, one contract suite.
+"""The seam between the registry and its storage: thirteen methods, three backends, one contract suite.
 
 A store holds small objects that change only by compare-and-swap, and blobs that are written once under a key nobody
 else uses. It knows nothing of adapters. What every backend promises:
@@ -42,6 +42,8 @@ __all__ = [
     "Piece",
     "Store",
     "StoredBlob",
+    "StoredUpload",
+    "UploadLog",
     "is_name",
     "open_store",
     "read_blob",
@@ -90,6 +92,36 @@ class StoredBlob:
     modified_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class StoredUpload:
+    """An upload in parts that was begun and neither completed nor aborted; its parts take room, and are no object.
+
+    Attributes:
+        key: of the blob it would become, below the root.
+        upload_id: the storage's name for it.
+        size: bytes of the parts that are there.
+        started_s: when it was begun, in seconds since 1970, by the storage's clock.
+    """
+
+    key: str
+    upload_id: str
+    size: int
+    started_s: float
+
+
+class UploadLog(Protocol):
+    """What a push remembers of its uploads in parts, so that another process can go on with them."""
+
+    def begun(self, key: str) -> str | None:
+        """Return the id of the upload of `key` that was begun and not completed, None without one."""
+
+    def begin(self, key: str, upload_id: str) -> None:
+        """Remember an upload before its first part is sent; an earlier one of this key is forgotten."""
+
+    def found(self, parts_there: int, parts: int) -> None:
+        """Hear that an upload goes on: so many of its parts are there and are not sent again."""
+
+
 @runtime_checkable
 class Store(Protocol):
     """What a backend implements. See the module's promises."""
@@ -133,8 +165,19 @@ class Store(Protocol):
             StoreUnavailableError: possibly `ambiguous`.
         """
 
-    def put_blob(self, key: str, path: Path, file: FileEntry, *, progress: BlobProgress | None = None) -> int:
+    def put_blob(
+        self,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        *,
+        progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,
+    ) -> int:
         """Upload a file under a key of its own and return the number of requests it took. Repeating it is harmless.
+
+        With `upload`, a backend that sends long files in parts goes on with the upload that is remembered there, and
+        leaves it in place when it fails. Without, it leaves nothing behind that it can remove.
 
         Raises:
             DigestMismatchError: the file is not the one `file` describes any more.
@@ -176,6 +219,20 @@ class Store(Protocol):
         Raises:
             InvalidReferenceError: a key that is no blob's (see `require_blob_key`); nothing is deleted then.
             StoreUnavailableError, StoreRefusedError: the storage; some may be deleted.
+        """
+
+    def uploads(self, prefix: str, *, before_s: float) -> Iterator[StoredUpload]:
+        """Yield the unfinished uploads in parts below `prefix` that were begun before a time (seconds since 1970).
+
+        Backends that send no parts have none.
+        """
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """Remove an unfinished upload and its parts; one that is gone, or has become an object, is left alone.
+
+        Raises:
+            InvalidReferenceError: the key is no blob's.
+            StoreUnavailableError, StoreRefusedError: the storage.
         """
 
 
@@ -221,9 +278,19 @@ class CountingStore:
         self._count()
         return self._store.swap(key, body, etag=etag)
 
-    def put_blob(self, key: str, path: Path, file: FileEntry, *, progress: BlobProgress | None = None) -> int:
+    def put_blob(
+        self,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        *,
+        progress: BlobProgress | None = None,
+        upload: UploadLog | None = None,
+    ) -> int:
         """See `Store.put_blob`."""
-        return self._count(self._store.put_blob(key, path, file, progress=progress))
+        if upload is None:
+            return self._count(self._store.put_blob(key, path, file, progress=progress))
+        return self._count(self._store.put_blob(key, path, file, progress=progress, upload=upload))
 
     def read_range(self, key: str, *, start: int, length: int, size_bytes: int) -> Iterator[Piece]:
         """See `Store.read_range`."""
@@ -241,6 +308,17 @@ class CountingStore:
     def delete_blobs(self, keys: Iterable[str]) -> int:
         """See `Store.delete_blobs`."""
         return self._count(self._store.delete_blobs(keys))
+
+    def uploads(self, prefix: str, *, before_s: float) -> Iterator[StoredUpload]:
+        """See `Store.uploads`."""
+        for upload in self._pages(self._store.uploads(prefix, before_s=before_s)):
+            self._count()  # its parts are listed
+            yield upload
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """See `Store.abort_upload`."""
+        self._count()
+        self._store.abort_upload(key, upload_id)
 
     def _pages(self, items: Iterator[_T]) -> Iterator[_T]:
         self._count()

@@ -37,19 +37,24 @@ def check_fresh(listed: RevocationList | None, rule: Rule, tenant: str, now: dt.
         return
     if listed is None:
         raise StaleRevocationError(
-            f"The policy rule {rule.scope!r} demands a revocation list and {tenant} has none; make one with "
+            f"The policy rule {rule.scope!r} demands a revocation list and tenant {tenant} has none; make one with "
             f"`registry revoke --refresh {tenant}`."
         )
     listed.check_fresh(now, max_age_s=rule.revocation.max_age_s)
 
 
 def check_revoked(
-    listed: RevocationList | None, digest: str | None, keyid: str, signed_at: dt.datetime | None
+    listed: RevocationList | None,
+    digest: str | None,
+    keyid: str,
+    signed_at: dt.datetime | None,
+    *,
+    what: str = "",
 ) -> str:
-    """Refuse when the version or the key is on the list; `signed_at` None counts as now."""
+    """Refuse when the version or the key is on the list; `signed_at` None counts as now, `what` names the version."""
     if listed is None:
         return "no revocation list"
-    listed.check(digest, keyid, signed_at)
+    listed.check(digest, keyid, signed_at, what=what)
     return "neither the version nor its key"
 
 

@@ -26,15 +26,15 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from .. import durable
 from ..errors import ExpiredError, PolicyRefusedError, RollbackError
 from ..format.canonical import StrictJsonError, exact_object, parse
 from ..refs import check_name
@@ -76,11 +76,12 @@ class Mark:
 class Seen:
     """What was seen of one tenant: marks in the order in which they last advanced, and the newest time of issue.
 
-    A value; `advanced` returns the next one.
+    A value; `advanced` returns the next one. `tenant` is for messages and is not kept in the file.
     """
 
     marks: Mapping[str, Mark] = field(default_factory=dict)
     newest: dt.datetime | None = None
+    tenant: str = field(default="", compare=False)
 
     def advanced(self, name: str, mark: Mark, issued: dt.datetime, trusted: Collection[str]) -> Seen:
         """Return what has been seen after a verified statement; `self` when it tells nothing new.
@@ -97,14 +98,12 @@ class Seen:
         before = self.marks.get(name)
         if before is not None and not set(before.keyids).isdisjoint(trusted):
             if mark.number < before.number:
-                raise RollbackError(
-                    f"{name} has number {mark.number}, and {before.number} was seen before; "
-                    "somebody put an older one back, look at the bucket's history."
-                )
+                raise RollbackError(self._older(name, mark, before))
             if mark.number == before.number and mark.sha256 != before.sha256:
+                what, counted = self._named(name)
                 raise RollbackError(
-                    f"{name} has number {mark.number} with other content than was seen before; "
-                    "two statements were signed for one number, ask the signers."
+                    f"{what} has {counted} {mark.number} with other content than was seen before; two statements "
+                    f"were signed for one {counted}, ask the signers."
                 )
             if mark.number == before.number:
                 mark = before
@@ -112,14 +111,31 @@ class Seen:
         if mark == before and newest == self.newest:
             return self
         marks = {key: value for key, value in self.marks.items() if key != name} | {name: mark}
-        return Seen(_without_oldest(marks), newest)
+        return Seen(_without_oldest(marks), newest, self.tenant)
+
+    def _older(self, name: str, mark: Mark, before: Mark) -> str:
+        """Say that a statement is older than one seen, and where to look for the newer one."""
+        what, counted = self._named(name)
+        found = f"has {counted} {mark.number}" if mark.number else "is gone"
+        how = "put an older one back" if mark.number else "took it away"
+        look = "" if name == REVOCATIONS else f"`registry log {what}` and "
+        return (
+            f"{what} {found}, and {counted} {before.number} was seen before; somebody {how}, "
+            f"look at {look}the bucket's history."
+        )
+
+    def _named(self, name: str) -> tuple[str, str]:
+        """Return what a mark is of, and the word for its number."""
+        if name == REVOCATIONS:
+            return f"The revocation list of tenant {self.tenant or '?'}", "serial"
+        return f"{self.tenant or '?'}/{name}", "generation"
 
     def check_clock(self, now: dt.datetime) -> None:
         """Raise ExpiredError when `now` lies more than `CLOCK_SLACK_S` before the newest time of issue."""
         if self.newest is not None and now < self.newest - dt.timedelta(seconds=CLOCK_SLACK_S):
             raise ExpiredError(
-                f"The clock says {now:%Y-%m-%dT%H:%M:%SZ}, but a statement issued {self.newest:%Y-%m-%dT%H:%M:%SZ} "
-                "was verified before; set the clock."
+                f"The clock says {now:%Y-%m-%dT%H:%M:%SZ}, but a statement of tenant {self.tenant or '?'} issued "
+                f"{self.newest:%Y-%m-%dT%H:%M:%SZ} was verified before; set the clock."
             )
 
 
@@ -136,7 +152,7 @@ class MemoryMarks:
         Raises:
             PolicyRefusedError: what was kept about it is damaged.
         """
-        return self._tenants.get(tenant, Seen())
+        return self._tenants.get(tenant, Seen(tenant=tenant))
 
     def advance(
         self, tenant: str, name: str, mark: Mark, *, issued: dt.datetime, trusted: Collection[str]
@@ -214,11 +230,11 @@ class FileMarks(MemoryMarks):
                     return self._tenants[tenant]
                 body = file.read(FILE_BYTES_MAX + 1)
         except FileNotFoundError:
-            return Seen()
+            return Seen(tenant=tenant)
         except OSError as error:
             raise self._refusal(path, f"cannot be read ({error.strerror})") from error
         try:
-            seen = read_seen(body)
+            seen = replace(read_seen(body), tenant=tenant)
         except StrictJsonError as error:
             raise self._refusal(path, f"is damaged ({error})") from error
         self._remember(tenant, seen, stamp)
@@ -233,19 +249,10 @@ class FileMarks(MemoryMarks):
 
     def _write(self, tenant: str, seen: Seen) -> None:
         path = self._path(tenant)
-        temporary = self._directory / f".{tenant}.{secrets.token_hex(8)}"
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(seen_bytes(seen))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            _sync_directory(self._directory)
+            durable.replace(path, seen_bytes(seen))
         except OSError as error:
             raise self._refusal(path, f"cannot be written ({error.strerror})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _file_lock(self, tenant: str) -> Iterator[None]:
@@ -332,11 +339,3 @@ def _without_oldest(marks: dict[str, Mark]) -> dict[str, Mark]:
         return marks
     oldest = [name for name in marks if name != REVOCATIONS][:excess]
     return {name: mark for name, mark in marks.items() if name not in oldest}
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

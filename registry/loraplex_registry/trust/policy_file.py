@@ -30,7 +30,7 @@ import difflib
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -83,6 +83,11 @@ def read_policy(path: Path) -> TrustPolicy:
     try:
         with path.open("rb") as file:
             body = file.read(POLICY_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        raise PolicyRefusedError(
+            f"Trust policy {path} is not there, and nothing is trusted without one; `registry init --tenant NAME` "
+            "makes one, and --policy or the setting policy names another."
+        ) from error
     except OSError as error:
         raise PolicyRefusedError(
             f"Trust policy {path} cannot be opened ({error.strerror}); nothing is trusted without one."
@@ -356,9 +361,9 @@ def _tables(value: object, what: str, *, most: int) -> list[dict[str, Any]]:
     return value
 
 
-def _known(table: dict[str, Any], keys: Iterable[str], what: str) -> None:
+def _known(table: dict[str, Any], keys: Sequence[str], what: str) -> None:
     for key in table:
         if key not in keys:
-            near = difflib.get_close_matches(key, list(keys), n=1)
+            near = difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise _PolicyError(f"{what} has the unknown key {key[:64]!r}{hint}")
+            raise _PolicyError(f"{what} has the unknown key {key[:64]!r}{hint} Known are {', '.join(keys)}.")

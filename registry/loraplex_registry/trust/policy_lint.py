@@ -1,4 +1,4 @@
-"""What is probably not meant in a trust policy: found by reading it, without any adapter."""
+"""What is probably not meant in a trust policy: found by reading it, without any adapter; and in a list beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ..errors import TrustError
+from ..signing import envelope_keyids
+from .checks import check_fresh
 from .policy import Rule, TagRule, TrustedKey, TrustPolicy
+from .revocations import RevocationObject, verify_revocations
 
 SOON_DAYS: Final = 30
 """Days before its end from which a key is reported."""
@@ -150,3 +154,41 @@ def _across_tenants(policy: TrustPolicy) -> Iterator[Finding]:
         if len(names) > 1:
             shown = ", ".join(sorted(names)[:4])
             yield Finding("note", "(policy)", f"key {keyid[:16]}… counts for {len(names)} tenants: {shown}.")
+
+
+def lint_list(
+    policy: TrustPolicy, tenant: str, found: RevocationObject | None, *, now: dt.datetime
+) -> list[Finding]:
+    """Return what is wrong, or will be, with how a tenant's revocation list is signed: rules refuse such a list.
+
+    Args:
+        policy: a loaded policy.
+        tenant: whose list.
+        found: as read from the store, unverified; None when there is none.
+        now: the time to judge by.
+    """
+    findings = []
+    for rule in policy.rules_of(tenant):
+        if rule.revokers and (found is not None or rule.revocation is not None):
+            level, sentence = _list_fault(rule, tenant, found, now)
+            if sentence:
+                findings.append(Finding(level, rule.scope, sentence))
+    return findings
+
+
+def _list_fault(rule: Rule, tenant: str, found: RevocationObject | None, now: dt.datetime) -> tuple[str, str]:
+    """Return the level and what a rule has against a list; an empty sentence when it has nothing."""
+    try:
+        listed = None if found is None else verify_revocations(found, tenant, rule.revokers, now=now)
+        check_fresh(listed, rule, tenant, now)
+    except TrustError as error:
+        return "error", f"nothing of tenant {tenant} is accepted. {error.message}"
+    keyids = () if found is None else envelope_keyids(found.envelope)
+    ends = [item.valid_to for item in rule.revokers if item.key.keyid in keyids]
+    last = max((end for end in ends if end is not None), default=None)
+    if last is None or None in ends:
+        return "", ""
+    return "warning", (
+        f"the revocation list of tenant {tenant} is signed by a key that counts until {last:%Y-%m-%d %H:%M} UTC; "
+        f"sign it with another revoker's before: `registry resign {tenant}` or `registry revoke --refresh {tenant}`."
+    )

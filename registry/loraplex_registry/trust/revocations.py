@@ -128,34 +128,46 @@ class RevocationList:
                 f"The revocation list is refused ({error}); sign it again."
             ) from error
 
-    def check(self, digest: str | None, keyid: str, signed_at: dt.datetime | None = None) -> None:
+    def check(
+        self, digest: str | None, keyid: str, signed_at: dt.datetime | None = None, *, what: str = ""
+    ) -> None:
         """Raise RevokedError when the version or the key is on the list.
 
         Args:
             digest: the version's, `sha256:…`; None to ask about the key alone.
             keyid: the key that signed.
             signed_at: when, by the signed statement's own word; None counts as later than any `since`.
+            what: what was signed, for messages: "acme/orders@3".
         """
+        by = f"by the revocation list of tenant {self.tenant}, serial {self.serial}"
         for entry in self.entries:
             if entry.digest is not None and entry.digest == digest:
                 raise RevokedError(
-                    f"Version {digest[:19]}… was revoked: {entry.reason}. Use another version."
+                    f"{what or 'Version'} ({digest[:19]}…) was revoked {by}: {entry.reason}. Use another version."
                 )
             if entry.keyid == keyid and (
                 not entry.since or signed_at is None or signed_at >= parse_moment(entry.since)
             ):
                 since = f" since {entry.since}" if entry.since else ""
+                signed = f", which signed {what}," if what else ""
                 raise RevokedError(
-                    f"Key {keyid[:16]}… was revoked{since}: {entry.reason}. Sign again with a key that counts."
+                    f"Key {keyid[:16]}…{signed} was revoked{since} {by}: {entry.reason}. "
+                    "Sign again with a key that counts."
                 )
 
     def check_fresh(self, now: dt.datetime, *, max_age_s: int) -> None:
         """Raise StaleRevocationError when the list has expired or was issued more than `max_age_s` seconds ago."""
         age_s = (now - parse_moment(self.issued)).total_seconds()
-        if (self.expires and now >= parse_moment(self.expires)) or age_s > max_age_s:
+        expired = self.expires != "" and now >= parse_moment(self.expires)
+        if expired or age_s > max_age_s:
+            why = (
+                f"expired at {self.expires}"
+                if expired
+                else f"was issued {self.issued}, more than the {max_age_s} s ago that the policy allows"
+            )
             raise StaleRevocationError(
-                f"The revocation list of {self.tenant} was issued {self.issued}, too long ago for the policy "
-                f"({max_age_s} s); sign it anew with `registry revoke --refresh {self.tenant}`."
+                f"The revocation list of tenant {self.tenant}, serial {self.serial}, {why}; sign it anew with "
+                f"`registry revoke --refresh {self.tenant}`."
             )
 
     def merged(self, entries: Iterable[Revocation]) -> tuple[Revocation, ...]:
@@ -200,7 +212,7 @@ def parse_revocations(body: bytes, *, tenant: str, etag: str = "") -> Revocation
         statement = _statement_of(b64decode(envelope.get("payload")))
     except (StrictJsonError, SignatureInvalidError) as error:
         raise DamagedError(
-            f"The revocation list of {tenant} is damaged ({error}); restore it from a backup."
+            f"The revocation list of tenant {tenant} is damaged ({error}); restore it from a backup."
         ) from error
     return RevocationObject(envelope, statement, etag)
 
@@ -252,12 +264,17 @@ def verify_revocations(
         ExpiredError: the revoker's key is outside its dates, or the list is from the future.
         RollbackError: see `marks`.
     """
-    what = f"the revocation list of {tenant}"
-    signers = signers_of(found.envelope, PAYLOAD_TYPE, revokers, what=what, role="revokers", now=now)
     payload = payload_unverified(found.envelope)
     statement = _statement_of(payload)
+    what = f"the revocation list of tenant {tenant}, serial {statement.serial},"
+    signers = signers_of(
+        found.envelope, PAYLOAD_TYPE, revokers, what=what, role="revokers", now=now, remedy=_remedy(tenant)
+    )
     if statement.tenant != tenant:
-        raise SignatureInvalidError(f"The revocation list under {tenant} was signed for {statement.tenant}.")
+        raise SignatureInvalidError(
+            f"The revocation list of tenant {tenant} was signed for tenant {statement.tenant}; somebody put it there, "
+            "restore the right one from the bucket's history."
+        )
     issued = parse_moment(statement.issued)
     if issued > now + dt.timedelta(seconds=CLOCK_SLACK_S):
         raise ExpiredError(f"T{what[1:]} is issued in the future ({statement.issued}); set the clock.")
@@ -266,6 +283,14 @@ def verify_revocations(
         mark = Mark(statement.serial, digest, tuple(item.key.keyid for item in signers))
         marks.advance(tenant, REVOCATIONS, mark, issued=issued, trusted=keys_of(revokers))
     return statement
+
+
+def _remedy(tenant: str) -> str:
+    """Return what ends the refusal of a list whose signer left the policy, or whose time there is over."""
+    return (
+        "Until then every adapter of the tenant is refused. If the key was a revoker, sign the list again with one of "
+        f"now: `registry revoke --refresh {tenant} --signed-by OLD.pub`, OLD.pub being the public key that signed it."
+    )
 
 
 @functools.lru_cache(maxsize=STATEMENTS_CACHED_MAX)

@@ -10,7 +10,7 @@ from typing import Final
 
 from ..errors import ConflictError, KeyConflictError, PolicyRefusedError
 from ..format import layout
-from ..format.moments import written
+from ..format.moments import parse_moment, written
 from ..signing import PAYLOAD_BYTES_MAX, Signer
 from ..storage.store import Store, write_conditionally
 from .marks import REVOCATIONS, Mark, MemoryMarks
@@ -40,6 +40,8 @@ def append(
     lifetime_s: int | None = None,
     refresh: bool = False,
     marks: MemoryMarks | None = None,
+    accept: Sequence[TrustedKey] = (),
+    keep_lifetime: bool = False,
 ) -> tuple[RevocationObject, bool]:
     """Add entries to a tenant's list, or begin one, and sign it; concurrent calls all get theirs in.
 
@@ -55,6 +57,9 @@ def append(
         lifetime_s: seconds after which the list expires; None for never.
         refresh: sign anew even when nothing is added.
         marks: checked before, advanced after.
+        accept: keys whose signature on the list that is there counts although they are no revokers any more; their
+            dates in `revokers`, if any, are set aside. What is written is signed by `signer` alone.
+        keep_lifetime: instead of `lifetime_s`, let the new list be valid for as long as the one before was.
 
     Returns:
         The list as stored, and whether it was written.
@@ -65,18 +70,16 @@ def append(
         SignatureInvalidError, ExpiredError, RollbackError: the list that is there must not be extended.
         StoreUnavailableError, StoreRefusedError: the storage.
     """
-    if signer.keyid not in keys_of(revokers):
-        raise PolicyRefusedError(
-            f"Key {signer.keyid[:16]}… is not among the revokers of {tenant} in the trust policy; nobody would "
-            "believe the list."
-        )
+    _require_revoker(signer, tenant, revokers)
     for _ in range(APPEND_ATTEMPTS_MAX):
         current = poll(store, tenant)
-        known = _known(current, tenant, revokers, now, marks)
+        known = _known(current, tenant, _with(revokers, accept), now, marks)
         merged = known.merged(entries)
         if current is not None and merged == known.entries and not refresh:
             return current, False
-        made = make_revocations(_next(known, merged, now, lifetime_s), signer)
+        made = make_revocations(
+            _next(known, merged, now, lifetime_of(known) if keep_lifetime else lifetime_s), signer
+        )
         etag = None if current is None else current.etag
         try:
             stored = write_conditionally(store, layout.revocations_key(tenant), made.to_bytes(), etag=etag)
@@ -86,7 +89,46 @@ def append(
         made = RevocationObject(made.envelope, made.statement, stored)
         verify_revocations(made, tenant, revokers, now=now, marks=marks)
         return made, True
-    raise ConflictError(f"The revocation list of {tenant} keeps changing; try again.")
+    raise ConflictError(f"The revocation list of tenant {tenant} keeps changing; try again.")
+
+
+def require_extendable(
+    current: RevocationObject,
+    tenant: str,
+    signer: Signer,
+    *,
+    revokers: Sequence[TrustedKey],
+    accept: Sequence[TrustedKey] = (),
+    now: dt.datetime,
+    marks: MemoryMarks | None = None,
+) -> RevocationList:
+    """Return a list as it was read, if `append` would sign on top of it; the arguments are those of `append`.
+
+    Raises:
+        PolicyRefusedError, SignatureInvalidError, ExpiredError, RollbackError: as `append`.
+    """
+    _require_revoker(signer, tenant, revokers)
+    return _known(current, tenant, _with(revokers, accept), now, marks)
+
+
+def _require_revoker(signer: Signer, tenant: str, revokers: Sequence[TrustedKey]) -> None:
+    if signer.keyid not in keys_of(revokers):
+        raise PolicyRefusedError(
+            f"Key {signer.keyid[:16]}… is not among the revokers of tenant {tenant} in the trust policy; nobody would "
+            "believe the list."
+        )
+
+
+def lifetime_of(statement: RevocationList) -> int | None:
+    """Return the seconds a list is valid from its issue on; None for ever."""
+    if not statement.expires:
+        return None
+    return int((parse_moment(statement.expires) - parse_moment(statement.issued)).total_seconds())
+
+
+def _with(revokers: Sequence[TrustedKey], accept: Sequence[TrustedKey]) -> list[TrustedKey]:
+    taken = keys_of(accept)
+    return [*accept, *(item for item in revokers if item.key.keyid not in taken)]
 
 
 def _known(
@@ -112,7 +154,7 @@ def _next(
     statement = RevocationList(known.tenant, known.serial + 1, prev, written(now), expires, entries)
     if len(entries) > ENTRIES_MAX or len(statement.to_bytes()) > PAYLOAD_BYTES_MAX:
         raise ConflictError(
-            f"The revocation list of {known.tenant} is full ({len(known.entries)} entries); revoke the key that "
+            f"The revocation list of tenant {known.tenant} is full ({len(known.entries)} entries); revoke the key that "
             "signed them rather than single versions."
         )
     return RevocationList.from_bytes(statement.to_bytes())

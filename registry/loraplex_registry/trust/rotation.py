@@ -8,24 +8,19 @@ policy written in another way is left alone, with a message that says what to ad
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import os
 import re
-import tempfile
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .. import durable
 from ..errors import PolicyRefusedError, SettingsError
 from ..signing.keys import PublicKey, load_public_key
 from .policy import Rule, TrustedKey, TrustPolicy
 from .policy_file import POLICY_BYTES_MAX
-
-OVERLAP_DAYS: Final = 30
-"""Days the old key goes on to count by default, so that there is time for `registry resign`."""
 
 _INLINE_TABLE = re.compile(r"\{[^{}\n]*\bpath\b[^{}\n]*\}")
 _ENTRY_KEYS: Final = frozenset({"path", "keyid", "from", "to"})
@@ -91,14 +86,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     try:
         mode = path.stat().st_mode & 0o777
-        with _beside(path, text) as temporary:
-            temporary.chmod(mode)
-            temporary.replace(path)
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+        durable.replace(path, text.encode("utf-8"), mode=mode)
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error.strerror}).") from error
 
@@ -177,7 +165,7 @@ def _read(path: Path) -> str:
 def _load_text(policy: Path, text: str) -> TrustPolicy:
     """Read a policy's text as if it stood in the policy's place."""
     try:
-        with _beside(policy, text) as temporary:
+        with durable.beside(policy, text.encode("utf-8")) as temporary:
             try:
                 return TrustPolicy.load(temporary)
             except PolicyRefusedError as error:
@@ -185,18 +173,3 @@ def _load_text(policy: Path, text: str) -> TrustPolicy:
                 raise PolicyRefusedError(f"With the new key the policy would be refused. {reason}") from error
     except OSError as error:
         raise SettingsError(f"{policy.parent} cannot be written ({error.strerror}).") from error
-
-
-@contextlib.contextmanager
-def _beside(path: Path, text: str) -> Iterator[Path]:
-    """Yield a flushed file with the text in the same directory; it is gone afterwards unless it was moved."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

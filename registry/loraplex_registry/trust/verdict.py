@@ -24,35 +24,24 @@ another adapter's bytes, a revoked version or key and a rollback are refused all
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
-from ..errors import (
-    DigestMismatchError,
-    ExpiredError,
-    PolicyRefusedError,
-    RankTooLargeError,
-    RegistryError,
-    SignatureInvalidError,
-    StaleRevocationError,
-)
+from ..errors import DigestMismatchError, ExpiredError, RegistryError, SignatureInvalidError
 from ..format.manifest import Manifest
 from ..format.moments import parse_moment
 from ..format.record import CommittedRecord
-from ..format.tags import PAYLOAD_TYPE as TAG_TYPE
-from ..format.tags import TagObject, TagStatement
+from ..format.tags import TagObject
 from ..refs import AdapterRef, Version
-from ..signing import bundle_keyid, payload_unverified, verify_bundle
-from ..signing.quorum import signers_of
+from ..signing import bundle_keyid, verify_bundle
 from ..validation.weights import MANIFEST_NAME
 from . import checks
-from .marks import REVOCATIONS, Mark, MemoryMarks
-from .policy import PolicyLimits, Rule, TrustedAuthority, TrustedKey, TrustPolicy, keys_of
-from .revocations import RevocationList, RevocationObject, verify_revocations
+from .marks import MemoryMarks
+from .policy import PolicyLimits, Rule, TrustedAuthority, TrustedKey, TrustPolicy
+from .revocations import RevocationList, RevocationObject
+from .statements import check_clock, check_list, check_tag, verify_tag_move
+from .steps import WAIVED, Steps, Trace
 
 __all__ = [
     "CHECKS",
@@ -73,17 +62,7 @@ CHECKS: Final = (
 )  # fmt: skip
 """Names of the checks in the order they are made."""
 
-WAIVED: Final = (SignatureInvalidError, ExpiredError, PolicyRefusedError, RankTooLargeError)
-"""Refusals that audit mode turns into warnings, where the check is one of who may do what."""
-
 _PROOF = object()
-
-
-class Trace(Protocol):
-    """Is told of every check as it is made: its name, `ok`, `FAILED`, `waived` or `skipped`, and why."""
-
-    def __call__(self, check: str, outcome: str, detail: str) -> None:
-        """Take note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +114,7 @@ def verify(
     marks: MemoryMarks | None = None,
     trace: Trace | None = None,
     at_rest: bool = True,
+    as_of: dt.datetime | None = None,
 ) -> VerifiedManifest:
     """Decide whether a record may be used for `ref`; the checks are listed at the top of this module.
 
@@ -151,25 +131,27 @@ def verify(
             expired is believed.
         trace: is told of every check.
         at_rest: False for a directory that was pulled, which is never encrypted: that check is left out.
+        as_of: an earlier time by which keys, certificates, the tag and attestations are judged; the clock and the
+            revocation list are judged by `now` always. None: all by `now`.
 
     Raises:
         PolicyRefusedError, ExpiredError, SignatureInvalidError, DigestMismatchError, RevokedError, RollbackError,
         BaseMismatchError, RankTooLargeError: the first check that failed.
     """
-    steps = _Steps(trace)
+    steps, then = Steps(trace), as_of or now
     with steps.check("scope") as note:
         rule = policy.rule_for(ref.tenant, ref.adapter)
         note.detail = f"rule {rule.scope!r}, mode {rule.mode}"
     steps.begin(rule)
-    _check_clock(steps, ref.tenant, now, marks)
-    signer = _check_signature(steps, record, rule, ref, now)
-    listed = _check_list(steps, rule, ref.tenant, revocations, now, marks)
+    check_clock(steps, ref.tenant, now, marks)
+    signer = _check_signature(steps, record, rule, ref, then)
+    listed = check_list(steps, rule, ref.tenant, revocations, now, marks)
     with steps.check("manifest") as note:
         manifest = _signed_manifest(record, signer)
         note.detail = record.digest
     with steps.check("revoked") as note:
         note.detail = checks.check_revoked(
-            listed, record.digest, signer.keyid, parse_moment(manifest.created)
+            listed, record.digest, signer.keyid, parse_moment(manifest.created), what=f"{ref.name}@{version}"
         )
     with steps.check("binding") as note:
         note.detail = checks.check_binding(manifest, ref, version)
@@ -179,13 +161,13 @@ def verify(
     if ref.tag is None:
         steps.skip("the reference names no tag", "tag", "tag binding", "tag dates", "generation")
     else:
-        generation = _check_tag(steps, ref, tag, rule, now, listed, marks, (version, record.digest))
+        generation = check_tag(steps, ref, tag, rule, then, listed, marks, (version, record.digest))
     if not at_rest:
         steps.skip("not as it is stored", "encryption")
     else:
         with steps.check("encryption", waivable=True) as note:
             note.detail = checks.check_encryption(record, rule, str(ref))
-    _check_attestations(steps, manifest, record, rule, now, listed)
+    _check_attestations(steps, manifest, record, rule, then, listed)
     with steps.check("base") as note:
         note.detail = checks.check_base(manifest, base_digest)
     with steps.check("limits", waivable=True) as note:
@@ -204,84 +186,6 @@ def verify(
     )
 
 
-def verify_tag_move(
-    ref: AdapterRef,
-    tag: TagObject,
-    *,
-    policy: TrustPolicy,
-    now: dt.datetime,
-    revocations: RevocationObject | None = None,
-    marks: MemoryMarks | None = None,
-    trace: Trace | None = None,
-) -> TagStatement:
-    """Verify a tag's statement alone, and remember its generation: for tags that were removed, and before moving one.
-
-    A removal has no version to `verify`, but must be seen, or the statement before it could be put back.
-
-    Raises:
-        PolicyRefusedError, ExpiredError, SignatureInvalidError, RevokedError, RollbackError: as `verify`.
-    """
-    steps = _Steps(trace)
-    with steps.check("scope"):
-        rule = policy.rule_for(ref.tenant, ref.adapter)
-    steps.begin(rule)
-    _check_clock(steps, ref.tenant, now, marks)
-    listed = _check_list(steps, rule, ref.tenant, revocations, now, marks)
-    digest = "" if tag.record is None else tag.record.digest
-    _check_tag(steps, ref, tag, rule, now, listed, marks, (tag.statement.version, digest))
-    return tag.statement
-
-
-class _Note:
-    """What a check has to say about its success."""
-
-    def __init__(self) -> None:
-        self.detail = ""
-        self.outcome = "ok"
-
-
-class _Steps:
-    """Reports each check, and turns refusals into warnings where the mode and the check allow it."""
-
-    def __init__(self, trace: Trace | None) -> None:
-        self._trace = trace
-        self._audit = False
-        self.warnings: list[str] = []
-
-    def begin(self, rule: Rule) -> None:
-        """Take the mode from the rule that decides."""
-        self._audit = rule.mode == "audit"
-        if self._audit:
-            self.warnings.append(
-                f"The policy rule {rule.scope!r} is in audit mode: its demands are not enforced."
-            )
-
-    @contextlib.contextmanager
-    def check(self, name: str, *, waivable: bool = False, quiet: bool = False) -> Iterator[_Note]:
-        """Make one check; the block raises to refuse. A quiet one tells of a refusal only."""
-        note = _Note()
-        try:
-            yield note
-        except RegistryError as error:
-            waive = waivable and self._audit and isinstance(error, WAIVED)
-            self._tell(name, "waived" if waive else "FAILED", f"{error.code}: {error.message}")
-            if not waive:
-                raise
-            self.warnings.append(f"{error.code}: {error.message}")
-        else:
-            if not quiet:
-                self._tell(name, note.outcome, note.detail)
-
-    def skip(self, why: str, *names: str) -> None:
-        """Report checks that do not apply."""
-        for name in names:
-            self._tell(name, "skipped", why)
-
-    def _tell(self, name: str, outcome: str, detail: str) -> None:
-        if self._trace is not None:
-            self._trace(name, outcome, detail)
-
-
 @dataclass(frozen=True, slots=True)
 class _Signer:
     """Who signed what: {file name: hex SHA-256}; None, and no key id, when audit mode let a bad signature pass."""
@@ -291,18 +195,8 @@ class _Signer:
     trusted: TrustedKey | TrustedAuthority | None
 
 
-def _check_clock(steps: _Steps, tenant: str, now: dt.datetime, marks: MemoryMarks | None) -> None:
-    if marks is None:
-        steps.skip("nothing is remembered", "clock")
-        return
-    with steps.check("clock") as note:
-        seen = marks.seen(tenant)
-        seen.check_clock(now)
-        note.detail = f"{now:%Y-%m-%dT%H:%M:%SZ}"
-
-
 def _check_signature(
-    steps: _Steps, record: CommittedRecord, rule: Rule, ref: AdapterRef, now: dt.datetime
+    steps: Steps, record: CommittedRecord, rule: Rule, ref: AdapterRef, now: dt.datetime
 ) -> _Signer:
     signer = _Signer("", None, None)
     with steps.check("signature", waivable=True) as note:
@@ -312,7 +206,10 @@ def _check_signature(
         steps.skip("no signature counts", "key")
         return signer
     with steps.check("key", waivable=True) as note:
-        signer.trusted.check(now)
+        try:
+            signer.trusted.check(now)
+        except ExpiredError as error:
+            raise ExpiredError(f"{ref}: {error.message}") from error
         note.detail = "within its dates"
     return signer
 
@@ -339,94 +236,14 @@ def _signer(record: CommittedRecord, rule: Rule, ref: AdapterRef, now: dt.dateti
     raise next((error for error in refusals if isinstance(error, ExpiredError)), refusals[0])
 
 
-def _check_list(
-    steps: _Steps,
-    rule: Rule,
-    tenant: str,
-    found: RevocationObject | None,
-    now: dt.datetime,
-    marks: MemoryMarks | None,
-) -> RevocationList | None:
-    """Return the tenant's revocation list, verified; None when the rule lets nobody revoke or there is no list."""
-    if not rule.revokers:
-        steps.skip("the rule names no revokers", "revocation list")
-        return None
-    if found is None and marks is not None:
-        # A list that was seen is never taken back, so its absence is a rollback like any other.
-        with steps.check("revocation list", quiet=True):
-            marks.seen(tenant).advanced(REVOCATIONS, Mark(0, "", ()), now, keys_of(rule.revokers))
-    if found is None and rule.revocation is None:
-        steps.skip("the tenant has no list and the rule demands none", "revocation list")
-        return None
-    listed = None
-    with steps.check("revocation list", waivable=True) as note:
-        if found is not None:
-            listed = verify_revocations(found, tenant, rule.revokers, now=now, marks=marks)
-            note.detail = f"serial {listed.serial}, issued {listed.issued}, {len(listed.entries)} entries"
-        try:
-            checks.check_fresh(listed, rule, tenant, now)
-        except StaleRevocationError as error:
-            if rule.revocation is None or rule.revocation.on_stale != "warn":
-                raise
-            steps.warnings.append(f"{error.code}: {error.message}")
-            note.detail = f'stale, accepted by on_stale = "warn": {error.message}'
-    return listed
-
-
 def _signed_manifest(record: CommittedRecord, signer: _Signer) -> Manifest:
     if signer.files is not None and signer.files.get(MANIFEST_NAME) != record.digest.removeprefix("sha256:"):
         raise DigestMismatchError(f"{MANIFEST_NAME} differs from the signed one; publish the adapter again.")
     return Manifest.from_bytes(record.manifest_bytes)
 
 
-def _check_tag(
-    steps: _Steps,
-    ref: AdapterRef,
-    tag: TagObject | None,
-    rule: Rule,
-    now: dt.datetime,
-    listed: RevocationList | None,
-    marks: MemoryMarks | None,
-    found: tuple[Version | None, str],
-) -> int:
-    """Check a tag's statement against what it led to, (version, digest), and return its generation."""
-    if tag is None or ref.tag is None:
-        raise SignatureInvalidError(f"{ref} was resolved without a tag statement; resolve it again.")
-    # What is judged is what was signed: a statement that was handed over beside the envelope is not believed.
-    payload, wanted = payload_unverified(tag.envelope), rule.tag_rule(ref.tag)
-    statement = TagStatement.from_bytes(payload)
-    issued = parse_moment(statement.issued)
-    signers: tuple[TrustedKey, ...] = ()
-    with steps.check("tag", waivable=True) as note:
-        signers = signers_of(
-            tag.envelope,
-            TAG_TYPE,
-            wanted.taggers or (),
-            what=f"the tag {ref}",
-            role="taggers",
-            now=now,
-            threshold=wanted.threshold,
-            not_revoked=lambda keyid: None if listed is None else listed.check(None, keyid, issued),
-        )
-        note.detail = f"signed by {', '.join(map(str, signers))}; {wanted.threshold} needed"
-    with steps.check("tag binding") as note:
-        note.detail = checks.check_tag_binding(statement, ref, found)
-    with steps.check("tag dates", waivable=True) as note:
-        note.detail = checks.check_tag_dates(statement, ref, wanted, issued, now)
-    if marks is None or not signers:
-        steps.skip("nothing is remembered" if signers else "no signature counts", "generation")
-    else:
-        with steps.check("generation") as note:
-            digest = hashlib.sha256(payload).hexdigest()
-            mark = Mark(statement.generation, digest, tuple(item.key.keyid for item in signers))
-            trusted = keys_of(wanted.taggers or ())
-            marks.advance(ref.tenant, f"{ref.adapter}@{ref.tag}", mark, issued=issued, trusted=trusted)
-            note.detail = f"{statement.generation}, not older than seen before"
-    return statement.generation
-
-
 def _check_attestations(
-    steps: _Steps,
+    steps: Steps,
     manifest: Manifest,
     record: CommittedRecord,
     rule: Rule,

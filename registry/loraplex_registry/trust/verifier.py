@@ -24,12 +24,17 @@ from collections.abc import Callable
 from typing import Final
 
 from ..errors import AdapterNotFoundError, StoreUnavailableError
+from ..format.moments import parse_moment
+from ..format.record import CommittedRecord
 from ..refs import AdapterRef
 from ..registry import Registry, Resolved, utc_now
+from ..signing import bundle_identity
 from .marks import MemoryMarks
 from .policy import TrustPolicy
 from .revocations import RevocationObject
-from .verdict import Trace, VerifiedManifest, verify_tag_move
+from .statements import require_unrevoked, verify_tag_move
+from .steps import Trace
+from .verdict import VerifiedManifest, verify
 
 REFRESH_S: Final = 60.0
 """Seconds after which a revocation list is asked for again."""
@@ -48,6 +53,7 @@ class Verifier:
         refresh_s: seconds after which a revocation list is asked for again; 0 asks every time.
         clock: monotonic seconds.
         now: the time of day, with its zone.
+        as_of: an earlier time by which all but the clock and the revocation list is judged; see `verdict.verify`.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Verifier:
         refresh_s: float = REFRESH_S,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], dt.datetime] = utc_now,
+        as_of: dt.datetime | None = None,
     ) -> None:
         self._registry = registry
         self._policy = policy
@@ -66,6 +73,7 @@ class Verifier:
         self._refresh_s = refresh_s
         self._clock = clock
         self._now = now
+        self._as_of = as_of
         self._lock = threading.Lock()
         self._lists: OrderedDict[str, tuple[float, RevocationObject | None]] = OrderedDict()
 
@@ -95,14 +103,50 @@ class Verifier:
         Raises:
             As `verify`, without AdapterNotFoundError.
         """
-        return self._registry.verify(
-            resolved,
-            self._policy,
-            base_digest=base_digest,
+        return verify(
+            resolved.ref,
+            version=resolved.version,
+            record=resolved.record,
+            tag=resolved.tag,
+            policy=self._policy,
             now=self._now(),
+            base_digest=base_digest,
             revocations=self.revocations(resolved.ref.tenant),
             marks=self._marks,
             trace=trace,
+            as_of=self._as_of,
+        )
+
+    def require_unrevoked(self, ref: AdapterRef, record: CommittedRecord) -> None:
+        """Refuse a version, as read from the store, that must not get a tag: see `statements.require_unrevoked`.
+
+        Raises:
+            RevokedError, RollbackError, SignatureInvalidError, ExpiredError: it is revoked, or nobody knows.
+            DamagedError, StoreUnavailableError, StoreRefusedError: the list cannot be read.
+        """
+        created = parse_moment(record.manifest_unverified().created)
+        self._require_unrevoked(ref, record.digest, bundle_identity(record.bundle).keyid, created)
+
+    def require_key_unrevoked(self, ref: AdapterRef, keyid: str) -> None:
+        """Refuse a key for an adapter when the tenant's list revokes what it signs now.
+
+        Raises:
+            As `require_unrevoked`.
+        """
+        self._require_unrevoked(AdapterRef(ref.tenant, ref.adapter), None, keyid, self._now())
+
+    def _require_unrevoked(
+        self, ref: AdapterRef, digest: str | None, keyid: str, signed_at: dt.datetime
+    ) -> None:
+        require_unrevoked(
+            ref,
+            digest,
+            keyid,
+            signed_at,
+            policy=self._policy,
+            now=self._now(),
+            revocations=self.revocations(ref.tenant),
+            marks=self._marks,
         )
 
     def revocations(self, tenant: str) -> RevocationObject | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -163,10 +163,6 @@ class BaseModel:
                 f"{what} was made for base {digest[:19]}…, this base is {self.name} {self.digest[:19]}…; "
                 "use the base it was trained on or train it again."
             )
-
-    def renamed(self, name: str) -> BaseModel:
-        """Return the same base under another display name."""
-        return replace(self, name=name)
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
