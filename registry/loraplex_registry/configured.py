@@ -128,6 +128,9 @@ class ConfiguredRegistry:
         done = self.registry().publish(directory, ref, signers, base, tag=tag, **options)
         if signers and done.created:
             self.record(action, f"{ref.name}@{done.version}", signers[0], digest=done.digest)
+        for kind in done.attested:
+            signer = options["statements"][0].signer
+            self.record("attest", f"{ref.name}@{done.version}", signer, digest=done.digest, type=kind[:100])
         if signers and done.tag_moved:
             self.record(
                 "tag",

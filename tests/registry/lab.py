@@ -17,7 +17,8 @@ from loraplex_registry.lifecycle.delete import Deletion, delete_version
 from loraplex_registry.lifecycle.findings import Report
 from loraplex_registry.lifecycle.fsck import check
 from loraplex_registry.lifecycle.fsck_adapter import Depth
-from loraplex_registry.lifecycle.gc import Collection, collect
+from loraplex_registry.lifecycle.garbage import Collection
+from loraplex_registry.lifecycle.gc import collect
 from loraplex_registry.lifecycle.publish import Outcome, Publication
 from loraplex_registry.lifecycle.tagging import TagMove, find_target, move_tag, untag
 from loraplex_registry.refs import AdapterRef, Version

@@ -94,6 +94,20 @@ MUTANTS: Final = (
         "test_gc.py",
     ),
     Mutant(
+        "believe the storage's list of parts",
+        "storage/s3_parts.py",
+        '        and entry.get("ChecksumSHA256") == part.checksum\n',
+        "",
+        "test_mutants.py::test_a_part_that_is_listed_counts_by_size_and_signed_digest",
+    ),
+    Mutant(
+        "go on with a push that is not ours any more",
+        "lifecycle/versions.py",
+        "        return found[1] if (found[0].pid, found[0].by) == (pid, self._by) else None",
+        "        return found[1]",
+        "test_mutants.py::test_a_pending_push_of_another_is_not_gone_on_with",
+    ),
+    Mutant(
         "no tombstone",
         "lifecycle/versions.py",
         "            elif not isinstance(record, AbortedRecord):",

@@ -1,14 +1,17 @@
 """Planted bugs are noticed, and the laws that only a planted bug would break."""
 
+import base64
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from loraplex_registry.format import layout
-from loraplex_registry.format.record import AbortedRecord, DeletingRecord
-from loraplex_registry.lifecycle.versions import get_record
+from loraplex_registry.format.record import AbortedRecord, DeletingRecord, PendingRecord
+from loraplex_registry.lifecycle.versions import Reserver, get_record
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.storage.memory import MemoryStore
+from loraplex_registry.storage.s3_parts import Part, is_good
 from loraplex_registry.storage.store import write_conditionally
 from tests.registry import mutants
 from tests.registry.flaky_store import CrashError, FlakyStore
@@ -78,3 +81,29 @@ def test_a_write_sent_twice_is_no_conflict() -> None:
     store = MemoryStore()
     etag = write_conditionally(Twice(store), "t/acme/x.json", b"{}", etag=None)
     assert store.get("t/acme/x.json", limit_bytes=10).etag == etag
+
+
+@pytest.mark.parametrize("which", ["pid", "by", "state"])
+def test_a_pending_push_of_another_is_not_gone_on_with(which: str) -> None:
+    """Nor given up: that would end a push that is alive."""
+    store, key = MemoryStore(), layout.version_key(ORDERS, 1)
+    record = PendingRecord(
+        "a" * 32 if which != "pid" else "b" * 32, "me" if which != "by" else "you", 1000, 60
+    )
+    body = AbortedRecord("a" * 32, "x").to_bytes() if which == "state" else record.to_bytes()
+    etag = store.create(key, body)
+    reserver = Reserver(store, ORDERS, by="me", now_s=2000, size_bytes=0, is_this=lambda _: False)
+    assert reserver.resume(1, "a" * 32) is None
+    reserver.abandon(1, "a" * 32)
+    assert store.get(key, limit_bytes=1000).etag == etag
+    store.swap(key, PendingRecord("a" * 32, "me", 1000, 60).to_bytes(), etag=etag)
+    assert reserver.resume(1, "a" * 32) is not None
+
+
+def test_a_part_that_is_listed_counts_by_size_and_signed_digest() -> None:
+    part = Part(2, 0, 3, hashlib.sha256(b"abc").hexdigest())
+    good = {"PartNumber": 2, "Size": 3, "ETag": "e", "ChecksumSHA256": part.checksum}
+    other = base64.b64encode(hashlib.sha256(b"abd").digest()).decode()
+    assert is_good(good, part)
+    for wrong in ({"Size": 4}, {"ChecksumSHA256": other}, {"ChecksumSHA256": None}, {"ETag": None}):
+        assert not is_good({**good, **wrong}, part)

@@ -35,7 +35,8 @@ from loraplex_registry.refs import AdapterRef, Version
 from loraplex_registry.registry import Published, Registry
 from loraplex_registry.signing import Signer
 from loraplex_registry.storage import s3_client, s3_uploads
-from loraplex_registry.storage.s3_uploads import PARTS_AT_ONCE, plan_parts
+from loraplex_registry.storage.s3_parts import plan_parts
+from loraplex_registry.storage.s3_uploads import PARTS_AT_ONCE
 from loraplex_registry.storage.store import Store, open_store, read_blob
 from tests.registry.conftest import NOW, make_store, ready
 from tests.registry.shell import COMMAND, Shell
@@ -388,10 +389,10 @@ def test_parts_that_are_not_the_signed_ones_are_sent_again(
     connection: Any = desk.direct._connection  # type: ignore[attr-defined]
     part = {**connection.place(key), "UploadId": upload_id, "PartNumber": 2}
     connection.client().upload_part(**part, Body=b"?" * CHUNK_BYTES, ChecksumAlgorithm="SHA256")
-    listed = s3_uploads._is_good
+    listed = s3_uploads.is_good
     monkeypatch.setattr(
         s3_uploads,
-        "_is_good",
+        "is_good",
         # A look-alike that lists the third part without its checksum.
         lambda entry, part: listed({**entry, "ChecksumSHA256": None} if part.number == 3 else entry, part),
     )

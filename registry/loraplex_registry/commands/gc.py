@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 
 from ..errors import InvalidReferenceError
-from ..lifecycle.gc import GRACE_S, Collection, collect
+from ..lifecycle.garbage import Collection
+from ..lifecycle.gc import GRACE_S, collect
 from ..progress import readable
 from .session import Result, Session
 

@@ -94,9 +94,6 @@ def run(session: Session) -> Result:
             resumables=session.resumables(_resuming(session, bar)),
             progress=bar,
         )
-    for kind in done.attested:
-        name = f"{ref.name}@{done.version}"
-        session.record("attest", name, statements[0].signer, digest=done.digest, type=kind[:100])
     keyid = done.keyid if signed is None else bundle_identity(signed.bundle).keyid
     result = {**published_result(done), "keyid": keyid}
     return result, published_lines(done, ref, verb="pushed", keyid=keyid)

@@ -20,7 +20,8 @@ from . import s3_uploads
 from .s3_client import S3Connection
 from .s3_data import PassOnError
 from .s3_errors import BrokenBodyError, call
-from .s3_uploads import S3Uploads, changed_error
+from .s3_parts import changed_error
+from .s3_uploads import S3Uploads
 from .store import CHUNK_BYTES, BlobProgress, Piece, UploadLog, require_range
 
 

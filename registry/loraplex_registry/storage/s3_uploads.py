@@ -23,7 +23,6 @@ Multipart uploads: https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuover
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import threading
@@ -34,16 +33,15 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 
 from ..errors import (
-    DigestMismatchError,
     KeyAbsentError,
     StoreError,
     StoreRefusedError,
     StoreUnavailableError,
 )
-from ..format.hashing import PIECE_BYTES, FileHasher
-from ..format.manifest import CHUNK_BYTES, FileEntry
+from ..format.manifest import FileEntry
 from .s3_client import S3Connection
 from .s3_data import PassOnError
+from .s3_parts import Part, PartBody, changed_error, is_good, plan_parts, with_chunks
 from .store import BlobProgress, StoredUpload, UploadLog, is_name, require_blob_key, require_prefix
 
 MULTIPART_ABOVE_BYTES: Final = 64 << 20
@@ -54,38 +52,6 @@ PARTS_AT_ONCE: Final = 4
 
 PARTS_LISTED_MAX: Final = 10_000
 """Most parts an upload can have, S3's limit; a listing that goes on beyond it is not believed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part: number from 1, where it lies in the file, and its signed digest."""
-
-    number: int
-    start: int
-    length: int
-    sha256: str
-
-    @property
-    def checksum(self) -> str:
-        """The digest as S3 writes it."""
-        return base64.b64encode(bytes.fromhex(self.sha256)).decode("ascii")
-
-
-def plan_parts(file: FileEntry) -> list[Part]:
-    """Return the parts of a file that has chunk digests.
-
-    Law: they are numbered from 1, lie one behind the other from 0 to the file's end, and all but the last have
-    CHUNK_BYTES; part n has the n-th chunk's digest.
-    """
-    return [
-        Part(index + 1, index * CHUNK_BYTES, min(CHUNK_BYTES, file.size - index * CHUNK_BYTES), digest)
-        for index, digest in enumerate(file.chunk_digests)
-    ]
-
-
-def changed_error(name: str) -> DigestMismatchError:
-    """Return the refusal of a file that is not the one that was checked any more."""
-    return DigestMismatchError(f"{name} changed while it was published; leave it alone and push again.")
 
 
 class _StoppedError(Exception):
@@ -119,7 +85,7 @@ class S3Uploads:
         log: UploadLog | None = None,
     ) -> int:
         """Upload an open file in parts and return the number of requests; see `Store.put_blob`."""
-        parts = plan_parts(_with_chunks(source, file))
+        parts = plan_parts(with_chunks(source, file))
         begun = self._begun(key, parts, file.size, log)
         if log is not None and begun.requests:
             log.found(len(begun.etags), len(parts))
@@ -191,7 +157,7 @@ class S3Uploads:
                 begun.requests += 1
                 for entry in page:
                     part = wanted.get(entry.get("PartNumber", 0))
-                    if part is not None and _is_good(entry, part):
+                    if part is not None and is_good(entry, part):
                         begun.etags[part.number] = entry["ETag"]
         except KeyAbsentError:
             complete = self._is_there(key, size)
@@ -292,7 +258,7 @@ class S3Uploads:
             with suppress(PassOnError):
                 return data.put_part(key, place["UploadId"], part.number, body, part.sha256, told)
         arguments: Any = {**place, "PartNumber": part.number, "ChecksumSHA256": part.checksum}
-        source: Any = _Body(body, told)
+        source: Any = PartBody(body, told)
         answer = connection.repeat(
             "write",
             key,
@@ -324,49 +290,6 @@ class S3Uploads:
                 raise
 
 
-class _Body:
-    """A part's bytes as a file that tells how far it was read; the SDK rewinds it to sign or to send again."""
-
-    def __init__(self, body: bytes, told: BlobProgress) -> None:
-        self._body = memoryview(body)
-        self._told = told
-        self._position = 0
-        self._counted = 0
-
-    def __len__(self) -> int:
-        return len(self._body)
-
-    def rewound(self) -> Any:
-        """Return this file, at its start."""
-        self._position = 0
-        return self
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._body) if size < 0 else self._position + size
-        piece = bytes(self._body[self._position : end])
-        self._position += len(piece)
-        self._told(max(0, self._position - self._counted))
-        self._counted = max(self._counted, self._position)
-        return piece
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._body)}[whence]
-        self._position = min(max(0, start + offset), len(self._body))
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-
-def _is_good(entry: Any, part: Part) -> bool:
-    """Say whether a listed part is the one that was signed."""
-    return (
-        entry.get("Size") == part.length
-        and entry.get("ChecksumSHA256") == part.checksum
-        and isinstance(entry.get("ETag"), str)
-    )
-
-
 def _raise_first(done: set[Future[str]]) -> None:
     """Raise what failed; a part that stopped because another failed says nothing."""
     errors = [error for future in done if (error := future.exception()) is not None]
@@ -374,17 +297,3 @@ def _raise_first(done: set[Future[str]]) -> None:
     for error in errors:
         if not isinstance(error, _StoppedError):
             raise error
-
-
-def _with_chunks(source: BinaryIO, file: FileEntry) -> FileEntry:
-    """Return the entry with chunk digests, made in one pass when it has none."""
-    if file.chunks or file.size <= CHUNK_BYTES:
-        return file
-    hasher = FileHasher()
-    source.seek(0)
-    while piece := source.read(PIECE_BYTES):
-        hasher.update(piece)
-    found = hasher.entry(file.name)
-    if (found.size, found.sha256) != (file.size, file.sha256):
-        raise changed_error(file.name)
-    return found
