@@ -13,10 +13,9 @@ from tests.trainer.builders import SMALL, ConfigMaker
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home without settings of the `registry` command, so that no test depends on whose machine it runs on."""
-    place = tmp_path / "home"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "config"))
     monkeypatch.setenv("XDG_STATE_HOME", str(place / "state"))
     for name in ("LORAPLEX_REGISTRY", "LORAPLEX_KEY_PASSPHRASE_FILE"):
