@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hypothesis import given
+import rfc8785
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loraplex_registry.format.canonical import (
@@ -30,6 +31,35 @@ def test_canonical_bytes_read_back_as_the_same_value_and_bytes(value: object) ->
     body = canonical(value)
     assert parse_canonical(body) == value
     assert canonical(parse(body)) == body
+
+
+mixed = st.recursive(
+    values | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**55), 2**55) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(mixed)
+@example({"\x7f": '\x00\x1f\x7f"\\/\b\f\n\r\t', "a": [], "b": {}, "A": (1, True, None)})
+@example({"\ufb33": 1, "\U0001f600": 2})  # sorted by UTF-16 units, not by code points
+@example([2**53 - 1, -(2**53) + 1])
+@example([2**53])
+@example([32.0, 1e21, -0.0])
+def test_canonical_bytes_are_those_of_the_reference_library(value: object) -> None:
+    try:
+        wanted = rfc8785.dumps(value)
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError):
+        with pytest.raises(StrictJsonError):
+            canonical(value)
+        return
+    assert canonical(value) == wanted
+
+
+@pytest.mark.parametrize("value", [b"bytes", {1: "a number as a key"}, {"a": {1, 2}}, float("nan")])
+def test_what_json_cannot_say_is_refused(value: object) -> None:
+    with pytest.raises(StrictJsonError):
+        canonical(value)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ CHUNK_TRIES_MAX: Final = 3
 CHUNKS_IN_FLIGHT: Final = 8
 """Most chunks of one file asked for at once. Each holds one buffer of at most 1 MiB."""
 
-FAR_S: Final = 0.005
+FAR_S: Final = 0.01
 """Seconds to a range's first piece from which the storage is far: then more chunks are asked for than there are cores.
 """
 

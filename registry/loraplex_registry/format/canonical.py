@@ -19,6 +19,10 @@ JSON_BYTES_MAX: Final = 1 << 20
 """Largest JSON document read from a store or a directory, in bytes (1 MiB)."""
 
 
+_INT_MAX: Final = 2**53 - 1
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 class StrictJsonError(ValueError):
     """The bytes are not the JSON we accept. Never leaves the package: callers name the file in their own error."""
 
@@ -57,7 +61,7 @@ def canonical(value: Any) -> bytes:
         StrictJsonError: a value JSON cannot carry exactly (integer beyond 2**53, lone surrogate, NaN).
     """
     try:
-        return rfc8785.dumps(value)
+        return _ENCODER.encode(value).encode("ascii") if _is_plain(value) else rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeEncodeError, RecursionError) as error:
         raise StrictJsonError("not representable as canonical JSON") from error
 
@@ -117,6 +121,28 @@ def exact_object(
     if unknown:
         raise StrictJsonError(f"key {unknown[0][:64]!r} is unknown")
     return value
+
+
+def _is_plain(value: object) -> bool:
+    """Say whether a value holds nothing but objects, lists, ASCII texts, booleans, nulls and integers that are exact.
+
+    Of such a value the standard library's encoder writes the RFC 8785 bytes, ten times as fast as `rfc8785`: the
+    RFC's own number format and its order of keys by UTF-16 units differ for floats and for characters beyond ASCII
+    alone. A record is written out four times while it is resolved and verified.
+    """
+    kind = type(value)
+    if kind is str:
+        return value.isascii()  # type: ignore[attr-defined,no-any-return]
+    if kind is dict:
+        return all(
+            type(key) is str and key.isascii() and _is_plain(item)
+            for key, item in value.items()  # type: ignore[attr-defined]
+        )
+    if kind is list or kind is tuple:
+        return all(map(_is_plain, value))  # type: ignore[call-overload]
+    if kind is int:
+        return -_INT_MAX <= value <= _INT_MAX  # type: ignore[operator]
+    return value is None or kind is bool
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

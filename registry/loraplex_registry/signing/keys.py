@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,8 @@ KEY_FILE_BYTES_MAX: Final = 16 << 10
 
 ALGORITHMS: Final = ("ecdsa-p256", "ecdsa-p384", "ecdsa-p521", "ed25519")
 """Key kinds understood. The first is the default and the one every Model Signing verifier must support."""
+
+_KEYID: Final = re.compile(r"[0-9a-f]{64}")
 
 _SCHEMES: Final = {
     "ecdsa-sha2-nistp256": "ecdsa-p256",
@@ -81,7 +84,7 @@ class Signer:
 
 def is_keyid(value: object) -> bool:
     """Say whether a value has the form of a key id: 64 lower-case hex digits."""
-    return isinstance(value, str) and len(value) == 64 and all(char in "0123456789abcdef" for char in value)
+    return isinstance(value, str) and _KEYID.fullmatch(value) is not None
 
 
 def generate_key(

@@ -78,7 +78,7 @@ def check_binding(manifest: Manifest, ref: AdapterRef, version: Version) -> str:
 def check_files(manifest: Manifest, signed: dict[str, str] | None, record: CommittedRecord) -> str:
     """Refuse unless the signed files are those the manifest lists, and the record stores those."""
     listed = {file.name: file.sha256 for file in manifest.files}
-    own = {MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
+    own = {MANIFEST_NAME: record.digest.removeprefix("sha256:")}
     if MANIFEST_NAME in listed or (signed is not None and listed | own != signed):
         raise SignatureInvalidError(
             "The signed files are not exactly those the manifest lists; sign it again."
