@@ -24,11 +24,12 @@ from loraplex_registry.lifecycle.tagging import TagMove, find_target, move_tag, 
 from loraplex_registry.refs import AdapterRef, Version
 from loraplex_registry.registry import Registry
 from loraplex_registry.signing import Signer
-from loraplex_registry.storage.store import Store, read_blob
+from loraplex_registry.storage.store import Store
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.validation.base import CARD_NAME, BaseModel
 from loraplex_registry.validation.weights import WEIGHTS_NAME, validate_adapter
 from tests.registry import builders
+from tests.registry.blobs import read_blob
 
 CONTENTS = 4
 NOW = dt.datetime(2100, 1, 1, 12, 0, 0, tzinfo=dt.UTC)

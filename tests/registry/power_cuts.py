@@ -10,7 +10,7 @@ from loraplex_registry.errors import KeyAbsentError
 from loraplex_registry.format.manifest import FileEntry
 from loraplex_registry.storage.disk import Disk
 from loraplex_registry.storage.local import LocalStore
-from loraplex_registry.storage.store import read_blob
+from tests.registry.blobs import read_blob
 from tests.registry.power_cut import ForgetfulDisk, rebuild
 
 OPERATIONS = 12

@@ -19,8 +19,6 @@ from loraplex_registry.delivery.download import (
     TAIL_BYTES,
     default_threads,
     download,
-    download_in_order,
-    in_order,
     matches,
 )
 from loraplex_registry.errors import DigestMismatchError, KeyAbsentError, StoreUnavailableError
@@ -164,25 +162,58 @@ def test_a_file_is_matched_by_its_bytes(tmp_path: Path) -> None:
             assert matches(file.fileno(), entry_of("f", body)) is right
 
 
-def test_bytes_in_order_are_verified_and_failures_passed_on(tmp_path: Path) -> None:
-    body = np.random.default_rng(4).bytes(CHUNK_BYTES + 99)
-    blob = Blob(body, breaks={4 << 20: 1})
-    for name, pieces, error in (
-        ("good", in_order(blob.read, len(body)), None),
-        ("wrong", iter([body[:-1] + b"!"]), DigestMismatchError),
-        ("short", iter([body[:-1]]), DigestMismatchError),
-        ("absent", in_order(Blob(body, breaks={0: 99}).read, len(body)), StoreUnavailableError),
-    ):
-        descriptor = os.open(tmp_path / name, os.O_RDWR | os.O_CREAT)
-        try:
-            if error is None:
-                download_in_order(pieces, entry_of("f", body), descriptor, what="f")
-                assert (tmp_path / name).read_bytes() == body
-            else:
-                with pytest.raises(error):
-                    download_in_order(pieces, entry_of("f", body), descriptor, what="f")
-        finally:
-            os.close(descriptor)
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_request_for_several_chunks_that_breaks_off_goes_on_with_the_chunk_that_broke(
+    together: int, tmp_path: Path
+) -> None:
+    """What looks at the chunks sees each accepted once, and the progress adds up."""
+    body = np.random.default_rng(4).bytes(5 * CHUNK_BYTES + 99)
+    accepted: list[int] = []
+
+    class Chunk:
+        def __init__(self, offset: int) -> None:
+            self.offset = offset
+
+        def feed(self, piece: object) -> None:
+            pass
+
+        def accept(self) -> None:
+            accepted.append(self.offset)
+
+    class Look:
+        def begin(self) -> None:
+            pass
+
+        def chunk(self, offset: int) -> Chunk:
+            return Chunk(offset)
+
+        def abandon(self) -> None:
+            pass
+
+    broken = {CHUNK_BYTES + 500_000}
+    asked: list[tuple[int, int]] = []
+
+    def read(start: int, length: int) -> Iterator[bytes]:
+        asked.append((start, length))
+        for offset in range(start, start + length, 100_000):
+            if any(offset <= place < offset + 100_000 for place in broken):
+                broken.clear()
+                raise StoreUnavailableError("broke off")
+            yield body[offset : min(offset + 100_000, start + length)]
+
+    told: list[int] = []
+    descriptor = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    try:
+        download(
+            read, entry_of("f", body), descriptor, what="f", look=Look(), progress=told.append,
+            chunks_together=together,
+        )  # fmt: skip
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "f").read_bytes() == body
+    assert sorted(accepted) == [index * CHUNK_BYTES for index in range(6)]
+    assert sum(told) == len(body)
+    assert sum(start == CHUNK_BYTES for start, _ in asked) == (2 if together == 1 else 1)
 
 
 @given(data=st.data())

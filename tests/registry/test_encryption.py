@@ -5,29 +5,23 @@ import io
 import json
 import os
 import pickle
+import random
 import secrets
 import sys
 import traceback
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_registry.encryption.data_keys import (
-    HEADER_BYTES,
-    SEGMENT_BYTES,
-    TAG_BYTES,
-    DataKey,
-    RingSealer,
-    ciphertext_size,
-    new_data_key,
-    open_data_key,
-)
+from loraplex_registry.encryption.data_keys import DataKey, RingSealer, new_data_key, open_data_key
 from loraplex_registry.encryption.key_providers import KeyContext, KeyRing
 from loraplex_registry.encryption.keysets import KeysetError, Kind, new_keyset, primitive
+from loraplex_registry.encryption.segments import HEADER_BYTES, SEGMENT_BYTES, TAG_BYTES, ciphertext_size
 from loraplex_registry.errors import (
     DigestMismatchError,
     PolicyRefusedError,
@@ -35,7 +29,9 @@ from loraplex_registry.errors import (
     StoreUnavailableError,
 )
 from loraplex_registry.refs import AdapterRef
-from tests.registry.sealed_versions import CONTEXT, campaign, entry, make_ring, make_version, pieces
+from loraplex_registry.storage.store import Piece
+from tests.registry.blobs import reader_of
+from tests.registry.sealed_versions import CONTEXT, campaign, entry, make_ring, make_version
 from tests.registry.sealed_versions import mutants as make_mutants
 
 MIB = 1 << 20
@@ -83,7 +79,7 @@ def test_ciphertext_has_exactly_the_size_foretold_and_decrypts_to_the_plaintext(
     body = os.urandom(size)
     ciphertext = key.inline(entry("f", body), body)
     assert len(ciphertext) == ciphertext_size(size)
-    assert b"".join(key.decrypting([ciphertext], entry("f", body))) == body
+    assert key.opened(ciphertext, entry("f", body)) == body
 
 
 @pytest.mark.parametrize("segments", [2, 3, 9])
@@ -93,7 +89,7 @@ def test_size_formula_holds_where_a_segment_begins(key: DataKey, segments: int, 
     body = bytes(size)
     ciphertext = key.inline(entry("f", body), body)
     assert len(ciphertext) == ciphertext_size(size)
-    assert b"".join(key.decrypting(pieces(ciphertext), entry("f", body))) == body
+    assert b"".join(map(bytes, key.decrypting(reader_of(ciphertext), entry("f", body))(0, size))) == body
 
 
 @given(size=st.integers(0, 1 << 40), more=st.integers(1, 1 << 30))
@@ -101,21 +97,58 @@ def test_ciphertext_size_is_strictly_monotone(size: int, more: int) -> None:
     assert ciphertext_size(size) + more <= ciphertext_size(size + more)
 
 
-@given(sizes=st.lists(st.integers(1, 3 * MIB), min_size=1, max_size=8))
-@settings(max_examples=15, deadline=None)
-def test_pieces_may_be_cut_anywhere_and_reused(key: DataKey, sizes: list[int]) -> None:
-    body = os.urandom(2 * MIB + 7)
+@given(data=st.data(), piece_bytes=st.integers(1000, 3 * MIB))
+@settings(max_examples=25, deadline=None)
+def test_any_range_is_the_plaintext_there_however_the_ciphertext_is_cut(
+    key: DataKey, data: st.DataObject, piece_bytes: int
+) -> None:
+    size = data.draw(st.sampled_from([7, FIRST, FIRST + 1, 3 * MIB, FIRST + SEGMENT_BYTES - TAG_BYTES]))
+    body = random.Random(size).randbytes(size)
     ciphertext = key.inline(entry("f", body), body)
+    read = key.decrypting(reader_of(ciphertext, piece_bytes=piece_bytes), entry("f", body))
+    for _ in range(4):
+        start = data.draw(st.integers(0, size) | st.sampled_from([0, min(FIRST, size), size - 1]))
+        length = data.draw(st.integers(0, size - start))
+        found = [bytes(piece) for piece in read(start, length)]
+        assert b"".join(found) == body[start : start + length]
+        assert max(map(len, found), default=0) < SEGMENT_BYTES
 
-    def cut() -> Iterator[bytes]:
-        start = 0
-        for size in [*sizes, len(ciphertext)]:
-            yield ciphertext[start : start + size]
-            start += size
 
-    out = list(key.decrypting(cut(), entry("f", body)))
-    assert b"".join(out) == body
-    assert max(map(len, out)) <= MIB
+def test_ranges_are_read_by_many_threads_at_once_and_the_header_once(key: DataKey) -> None:
+    body = random.Random(1).randbytes(9 * MIB)
+    ciphertext = key.inline(entry("f", body), body)
+    asked: list[tuple[int, int]] = []
+
+    def counted(start: int, length: int) -> Iterator[Piece]:
+        asked.append((start, length))
+        return reader_of(ciphertext)(start, length)
+
+    read = key.decrypting(counted, entry("f", body))
+
+    def part(index: int) -> bytes:
+        return b"".join(map(bytes, read(index * MIB, MIB)))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert b"".join(pool.map(part, range(1, 9))) == body[MIB:]
+    assert asked.count((0, HEADER_BYTES)) == 1
+    assert len(asked) == 9
+
+
+@pytest.mark.parametrize("length", [-1, 1])
+def test_a_ciphertext_of_another_length_is_refused(key: DataKey, length: int) -> None:
+    body = b"a" * 1000
+    ciphertext = key.inline(entry("f", body), body)
+    other = ciphertext + b"x" if length > 0 else ciphertext[:-1]
+    with pytest.raises(DigestMismatchError):
+        key.opened(other, entry("f", body))
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 5), (0, 1001), (1001, 0), (5, -1)])
+def test_a_range_outside_the_file_is_refused(key: DataKey, start: int, length: int) -> None:
+    body = b"a" * 1000
+    ciphertext = key.inline(entry("f", body), body)
+    with pytest.raises(DigestMismatchError):
+        list(key.decrypting(reader_of(ciphertext), entry("f", body))(start, length))
 
 
 def test_a_file_on_disk_goes_through_a_private_temporary_file_that_vanishes(
@@ -131,7 +164,7 @@ def test_a_file_on_disk_goes_through_a_private_temporary_file_that_vanishes(
         assert uploaded == entry(file.name, ciphertext)
         assert body[:64] not in ciphertext
     assert not path.parent.exists()
-    assert b"".join(key.decrypting(pieces(ciphertext), file)) == body
+    assert b"".join(map(bytes, key.decrypting(reader_of(ciphertext), file)(0, file.size))) == body
 
 
 def test_a_file_that_changed_before_it_was_encrypted_is_refused(key: DataKey, tmp_path: Path) -> None:
@@ -149,7 +182,7 @@ def test_no_more_is_read_than_the_ciphertext_can_have(key: DataKey) -> None:
     ciphertext = key.inline(entry("f", body), body)
     read = 0
 
-    def endless() -> Iterator[bytes]:
+    def endless(start: int, length: int) -> Iterator[bytes]:
         nonlocal read
         yield ciphertext
         while True:
@@ -157,7 +190,7 @@ def test_no_more_is_read_than_the_ciphertext_can_have(key: DataKey) -> None:
             yield bytes(65536)
 
     with pytest.raises(DigestMismatchError):
-        list(key.decrypting(endless(), entry("f", body)))
+        list(key.decrypting(endless, entry("f", body))(0, 1000))
     assert read <= 65536
 
 
@@ -168,7 +201,10 @@ def test_memory_does_not_grow_with_the_file(key: DataKey) -> None:
     del body
     tracemalloc.start()
     try:
-        assert sum(len(piece) for piece in key.decrypting(pieces(ciphertext), file)) == file.size
+        assert (
+            sum(len(piece) for piece in key.decrypting(reader_of(ciphertext), file)(0, file.size))
+            == file.size
+        )
         assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     finally:
         tracemalloc.stop()
@@ -179,12 +215,12 @@ def test_an_error_of_the_download_is_passed_on_unchanged(key: DataKey) -> None:
     ciphertext = key.inline(entry("f", body), body)
     error = StoreUnavailableError("broke off")
 
-    def broken() -> Iterator[bytes]:
+    def broken(start: int, length: int) -> Iterator[bytes]:
         yield ciphertext[: 2 * MIB]
         raise error
 
     with pytest.raises(StoreUnavailableError) as caught:
-        list(key.decrypting(broken(), entry("f", body)))
+        list(key.decrypting(broken, entry("f", body))(0, len(body)))
     assert caught.value is error
 
 
@@ -193,14 +229,14 @@ def test_the_download_is_closed_when_the_reader_stops_early(key: DataKey) -> Non
     ciphertext = key.inline(entry("f", body), body)
     closed = []
 
-    def download() -> Iterator[bytes]:
+    def download(start: int, length: int) -> Iterator[bytes]:
         try:
             for start in range(0, len(ciphertext), 65536):
                 yield ciphertext[start : start + 65536]
         finally:
             closed.append(True)
 
-    plaintext = key.decrypting(download(), entry("f", body))
+    plaintext = key.decrypting(download, entry("f", body))(0, len(body))
     next(plaintext)
     plaintext.close()  # type: ignore[attr-defined]
     assert closed

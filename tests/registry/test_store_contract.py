@@ -29,9 +29,9 @@ from loraplex_registry.storage.store import (
     Store,
     is_name,
     open_store,
-    read_blob,
     write_conditionally,
 )
+from tests.registry.blobs import read_blob
 from tests.registry.conftest import make_store
 from tests.registry.sure_store import SureStore
 from tests.sim import s3_proxy

@@ -17,8 +17,9 @@ from loraplex_examples.s3_server import S3Server
 from loraplex_registry.errors import StoreError, StoreRefusedError, StoreUnavailableError
 from loraplex_registry.format.manifest import FileEntry
 from loraplex_registry.storage.local import LocalStore
-from loraplex_registry.storage.store import open_store, read_blob, write_conditionally
+from loraplex_registry.storage.store import open_store, write_conditionally
 from tests.registry import faults, full_disk
+from tests.registry.blobs import read_blob
 from tests.registry.full_disk import FailingDisk
 from tests.sim import s3_proxy
 from tests.sim.s3_proxy import Request, S3Proxy

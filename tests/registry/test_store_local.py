@@ -10,7 +10,8 @@ import pytest
 
 from loraplex_registry.errors import InvalidReferenceError, StoreRefusedError, StoreUnavailableError
 from loraplex_registry.format.manifest import FileEntry
-from loraplex_registry.storage.store import Store, open_store, read_blob
+from loraplex_registry.storage.store import Store, open_store
+from tests.registry.blobs import read_blob
 
 
 @pytest.mark.parametrize(

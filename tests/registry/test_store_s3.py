@@ -23,7 +23,8 @@ from loraplex_registry.errors import (
 )
 from loraplex_registry.format.manifest import FileEntry
 from loraplex_registry.storage.s3_options import S3Options
-from loraplex_registry.storage.store import Store, open_store, read_blob
+from loraplex_registry.storage.store import Store, open_store
+from tests.registry.blobs import read_blob
 from tests.registry.s3_script import fault, found, scripted
 
 SECRET = "wJalrXUtnFEMI-CANARY"

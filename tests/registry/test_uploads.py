@@ -37,7 +37,8 @@ from loraplex_registry.signing import Signer
 from loraplex_registry.storage import s3_client, s3_uploads
 from loraplex_registry.storage.s3_parts import plan_parts
 from loraplex_registry.storage.s3_uploads import PARTS_AT_ONCE
-from loraplex_registry.storage.store import Store, open_store, read_blob
+from loraplex_registry.storage.store import Store, open_store
+from tests.registry.blobs import read_blob
 from tests.registry.conftest import NOW, make_store, ready
 from tests.registry.shell import COMMAND, Shell
 from tests.sim.s3_proxy import ERROR_503, LOST_REPLY, LOST_REQUEST, Chooser, Request, S3Proxy

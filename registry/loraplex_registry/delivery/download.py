@@ -14,18 +14,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ..errors import DigestMismatchError, StoreUnavailableError
 from ..format.manifest import CHUNK_BYTES, FileEntry
-from ..storage.store import Piece
+from ..storage.store import Piece, ReadRange
 
 CHUNK_TRIES_MAX: Final = 3
 """How often one chunk is asked for when the storage breaks off in the middle of it."""
@@ -40,19 +38,7 @@ FAR_S: Final = 0.01
 TAIL_BYTES: Final = 1 << 20
 """A last chunk of at most so many bytes is asked for together with the one before it."""
 
-RANGE_BYTES: Final = 4 << 20
-"""Bytes of one range of a blob that is needed in order."""
-
-RANGES_AHEAD: Final = 4
-"""Most ranges held or under way ahead of what was consumed."""
-
-PIECES_AHEAD: Final = 4
-"""Most decrypted pieces that wait to be verified."""
-
 _READ_BYTES: Final = 512 << 10
-
-ReadRange = Callable[[int, int], Iterator[Piece]]
-"""Called with start and length in bytes; yields exactly those bytes (see `Store.read_range`)."""
 
 
 class ChunkLook(Protocol):
@@ -87,6 +73,7 @@ def download(
     look: Look | None = None,
     progress: Callable[[int], None] | None = None,
     threads: int | None = None,
+    chunks_together: int = 1,
 ) -> None:
     """Fill a new file with the bytes that were signed.
 
@@ -100,6 +87,7 @@ def download(
             once. What it raises ends the download.
         threads: chunks at once, 1 to CHUNKS_IN_FLIGHT; by default `default_threads()`, and CHUNKS_IN_FLIGHT as soon as
             a first piece was longer under way than FAR_S.
+        chunks_together: neighbouring chunks asked for in one request, at least 1.
 
     Raises:
         DigestMismatchError: the store's bytes are not the signed ones.
@@ -107,79 +95,15 @@ def download(
         Others: what `read` and `look` raise.
     """
     if target is not None and file.size > CHUNK_BYTES:
-        os.posix_fallocate(
-            target, 0, file.size
-        )  # few extents, and "disk full" before the download, not after it
-    job = _Job(read, file, target, what=what, look=look, progress=progress, far_threads=threads)
+        # Few extents, and "disk full" before the download, not after it.
+        os.posix_fallocate(target, 0, file.size)
+    spans = _spans(file, chunks_together)
+    job = _Job(read, spans, target, what=what, look=look, progress=progress, far_threads=threads)
     job.widen(threads or default_threads())
     job.work()
     job.join()
     if job.failure is not None:
         raise job.failure
-
-
-def download_in_order(
-    pieces: Iterator[Piece],
-    file: FileEntry,
-    target: int,
-    *,
-    what: str,
-    look: Look | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """As `download`, of bytes that can only be had in order, as decryption gives them.
-
-    Each chunk is hashed, looked at and written by a second thread while the next piece is made.
-
-    Args:
-        pieces: the whole file; each must stay as it is when the next is asked for.
-        file: size and chunk digests, signed.
-        target: descriptor of the empty file, open for writing.
-        what: what the file is called in messages.
-        look: sees the bytes on their way.
-        progress: called with numbers of bytes newly done.
-
-    Raises:
-        As `download`, and what `pieces` raises.
-    """
-    whole = _InOrder(pieces, file.size)
-    job = _Job(whole.read, file, target, what=what, look=look, progress=progress)
-    if file.size > CHUNK_BYTES:
-        os.posix_fallocate(target, 0, file.size)
-    consumer = threading.Thread(target=job.work, name="loraplex-verify", daemon=True)
-    consumer.start()
-    whole.run(consumer)
-    consumer.join()
-    for failure in (whole.failure, job.failure):
-        if failure is not None:
-            raise failure
-
-
-def in_order(read: ReadRange, size_bytes: int) -> Iterator[bytes]:
-    """Yield a blob in order while ranges of it are downloaded ahead; at most RANGES_AHEAD of RANGE_BYTES are held.
-
-    Raises:
-        What `read` raises; StoreUnavailableError only after CHUNK_TRIES_MAX tries of one range.
-    """
-    starts = iter(range(0, size_bytes, RANGE_BYTES))
-    with ThreadPoolExecutor(RANGES_AHEAD, thread_name_prefix="loraplex-download") as pool:
-        ahead: deque[Future[list[bytes]]] = deque()
-
-        def begin() -> None:
-            start = next(starts, None)
-            if start is not None:
-                ahead.append(pool.submit(_range, read, start, min(RANGE_BYTES, size_bytes - start)))
-
-        for _ in range(RANGES_AHEAD):
-            begin()
-        try:
-            while ahead:
-                pieces = ahead.popleft().result()
-                begin()
-                yield from pieces
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def default_threads() -> int:
@@ -201,78 +125,39 @@ def matches(descriptor: int, file: FileEntry) -> bool:
     return True
 
 
-class _InOrder:
-    """Hands pieces from the thread that makes them to the one that verifies them, PIECES_AHEAD at most."""
-
-    def __init__(self, pieces: Iterator[Piece], size_bytes: int) -> None:
-        self._pieces = pieces
-        self._left = size_bytes
-        self._queue: queue.Queue[Piece | None] = queue.Queue(PIECES_AHEAD)
-        self._rest = memoryview(b"")
-        self.failure: BaseException | None = None
-
-    def run(self, consumer: threading.Thread) -> None:
-        """Make all pieces, or stop as soon as the consumer has."""
-        try:
-            for piece in self._pieces:
-                self._put(piece, consumer)
-        except _StoppedError:
-            return
-        except BaseException as error:
-            self.failure = error
-        with contextlib.suppress(_StoppedError):
-            self._put(None, consumer)
-
-    def read(self, start: int, length: int) -> Iterator[Piece]:  # noqa: ARG002
-        """Yield the next `length` bytes; chunks are asked for in order by one thread."""
-        while length > 0:
-            if not len(self._rest):
-                piece = self._queue.get()
-                if piece is None:
-                    return
-                self._rest = memoryview(piece)
-            part = self._rest[:length]
-            self._rest = self._rest[len(part) :]
-            length -= len(part)
-            yield part
-
-    def _put(self, piece: Piece | None, consumer: threading.Thread) -> None:
-        while True:
-            try:
-                self._queue.put(piece, timeout=0.1)
-            except queue.Full:
-                if not consumer.is_alive():
-                    raise _StoppedError from None
-            else:
-                return
-
-
-class _StoppedError(Exception):
-    """The consumer ended before the pieces did."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Neighbouring chunks asked for in one request: where they begin, their bytes, their digests."""
+class _Part:
+    """One chunk of the file: its bytes `start:end` and the digest that was signed."""
 
     start: int
-    length: int
-    digests: tuple[str, ...]
+    end: int
+    digest: str
 
 
-def _spans(file: FileEntry) -> list[_Span]:
-    """Cut a file into spans: every chunk is one, but a short last chunk goes with the one before it.
+@dataclass(slots=True)
+class _Span:
+    """Neighbouring chunks asked for in one request: those not accepted yet, and how far the progress was told."""
+
+    left: deque[_Part]
+    told: int
+
+
+def _spans(file: FileEntry, together: int) -> list[_Span]:
+    """Cut a file into spans of `together` chunks; a short last chunk goes with those before it.
 
     A header makes a file of 8 MiB of weights a little longer than a chunk; that is not worth a request of its own.
     """
-    digests = file.chunk_digests
-    count = len(digests)
-    if count > 1 and file.size - (count - 1) * CHUNK_BYTES <= TAIL_BYTES:
-        count -= 1
-    starts = [index * CHUNK_BYTES for index in range(count)]
-    ends = [*starts[1:], file.size]
-    cuts = [digests[index : index + 1] for index in range(count - 1)] + [digests[count - 1 :]]
-    return [_Span(start, end - start, cut) for start, end, cut in zip(starts, ends, cuts, strict=True)]
+    parts = [
+        _Part(index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, file.size), digest)
+        for index, digest in enumerate(file.chunk_digests)
+    ]
+    firsts = list(range(0, len(parts), together))
+    if len(firsts) > 1 and file.size - parts[firsts[-1]].start <= TAIL_BYTES:
+        firsts.pop()
+    ends = [*firsts[1:], len(parts)]
+    return [
+        _Span(deque(parts[first:end]), parts[first].start) for first, end in zip(firsts, ends, strict=True)
+    ]
 
 
 def _cut(pieces: Iterator[Piece], position: int) -> Iterator[memoryview]:
@@ -314,24 +199,22 @@ class _Job:
     def __init__(
         self,
         read: ReadRange,
-        file: FileEntry,
+        spans: list[_Span],
         target: int | None,
         *,
         what: str,
         look: Look | None,
         progress: Callable[[int], None] | None,
-        far_threads: int | None = 1,
+        far_threads: int | None,
     ) -> None:
         """Prepare; `far_threads` is how many threads a far storage gets, None for CHUNKS_IN_FLIGHT."""
         if look is not None:
             look.begin()
         self._read = read
-        self._file = file
         self._target = target
         self._what = what
         self._look = look
         self._progress = progress
-        spans = _spans(file)
         self._spans = iter(spans)
         self._far_threads = min(far_threads or CHUNKS_IN_FLIGHT, len(spans))
         self._threads_max = min(CHUNKS_IN_FLIGHT, len(spans))
@@ -370,34 +253,36 @@ class _Job:
     def _fetch(self, span: _Span) -> None:
         for attempt in range(1, CHUNK_TRIES_MAX + 1):
             try:
-                self._try(span, first=attempt == 1)
+                self._try(span)
             except StoreUnavailableError:
                 if attempt == CHUNK_TRIES_MAX:
                     raise
             else:
                 return
 
-    def _try(self, span: _Span, *, first: bool) -> None:
-        position, end = span.start, span.start + span.length
-        digests = iter(span.digests)
+    def _try(self, span: _Span) -> None:
+        start, end = span.left[0].start, span.left[-1].end
+        position = start
         chunk: _Chunk | None = None
         asked_s = time.monotonic()
         # Closed at once when something fails, so that the connection is not left half read.
-        with contextlib.closing(_bounded(self._read(span.start, span.length), span.length)) as pieces:
+        with contextlib.closing(_bounded(self._read(start, end - start), end - start)) as pieces:
             for piece in _cut(pieces, position):
                 if self.failure is not None:
                     return
-                if position == span.start and time.monotonic() - asked_s > FAR_S:
+                if position == start and time.monotonic() - asked_s > FAR_S:
                     self.widen(self._far_threads)
-                chunk = chunk or _Chunk(next(digests), self._look, position)
+                chunk = chunk or _Chunk(span.left[0].digest, self._look, position)
                 chunk.feed(piece)
                 self._write(piece, position)
                 position += len(piece)
-                self._tell(len(piece) if first else 0)
-                if position % CHUNK_BYTES == 0 or position == end:
+                self._tell(max(position - span.told, 0))
+                span.told = max(position, span.told)
+                if position == span.left[0].end:
                     self._require(chunk.accepted())
+                    span.left.popleft()
                     chunk = None
-        self._require(position == end and next(digests, None) is None)
+        self._require(not span.left)
 
     def _require(self, right: bool) -> None:
         if not right:
@@ -417,17 +302,6 @@ class _Job:
         if self._progress is not None:
             with self._lock:
                 self._progress(size_bytes)
-
-
-def _range(read: ReadRange, start: int, length: int) -> list[bytes]:
-    for attempt in range(1, CHUNK_TRIES_MAX + 1):
-        try:
-            with contextlib.closing(_bounded(read(start, length), length)) as pieces:
-                return [bytes(piece) for piece in pieces]
-        except StoreUnavailableError:
-            if attempt == CHUNK_TRIES_MAX:
-                raise
-    raise AssertionError("unreachable")
 
 
 def _bounded(pieces: Iterator[Piece], length: int) -> Generator[Piece, None, None]:

@@ -1,15 +1,15 @@
 """Client-side encryption of a version's files: what the storage holds is ciphertext, and only of this version.
 
 Every push makes one random data key. Its files, inline ones too, are encrypted with it by Tink's streaming AEAD
-(AES-256-GCM in segments of 1 MiB, https://developers.google.com/tink/streaming-aead). The data key lies in the record,
-wrapped by a key-encryption key (`key_providers`) that does not.
+(AES-256-GCM in segments of 1 MiB, https://developers.google.com/tink/streaming-aead) and read by `segments`. The data
+key lies in the record, wrapped by a key-encryption key (`key_providers`) that does not.
 
 What is promised:
 
 - a file decrypts only as the file of this name, size and SHA-256, of this push of this version of this adapter of
   this tenant; anything else, and any change, cut, reordering or exchange of ciphertext or wrapped key, is refused with
   one of the declared errors, never with Tink's;
-- at most `ciphertext_size(size)` bytes of a file are ever read, and no more than a few MiB of it are held;
+- at most `ciphertext_size(size)` bytes of a file are ever read, and no more than two MiB per range are held;
 - plaintext never touches disk here; ciphertext may;
 - no `repr`, message or log holds a key.
 
@@ -24,7 +24,7 @@ import contextlib
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -32,44 +32,27 @@ from ..errors import DigestMismatchError, PolicyRefusedError
 from ..format.manifest import FileEntry
 from ..format.record import Encryption
 from ..refs import AdapterRef, Version
+from ..storage.store import Piece, ReadRange
 from ..validation.weights import open_regular
 from .key_providers import KeyContext, KeyProvider, KeyRing
-from .keysets import KeysetError, Kind, new_keyset, primitive
+from .keysets import KeysetError, Kind, key_value, new_keyset, primitive
+from .segments import SegmentedFile, SegmentError, ciphertext_size
 
 ALGORITHM: Final = "tink-AES256_GCM_HKDF_1MB"
 """The one algorithm accepted, as records name it."""
 
-SEGMENT_BYTES: Final = 1 << 20
-"""Bytes of one ciphertext segment (1 MiB); the last one is shorter."""
-
-HEADER_BYTES: Final = 40
-"""Bytes before the first segment's ciphertext: its own length, a salt of 32 and a nonce prefix of 7."""
-
-TAG_BYTES: Final = 16
-"""Bytes of authentication tag at the end of every segment."""
-
 PIECE_BYTES: Final = 1 << 20
-"""Most bytes of plaintext handed over at once."""
-
-
-def ciphertext_size(plain_bytes: int) -> int:
-    """Return the exact bytes of ciphertext for so many bytes of plaintext (0 or more).
-
-    From the wire format of AES-GCM-HKDF streaming, https://developers.google.com/tink/streaming-aead/aes_gcm_hkdf_streaming:
-    the header lies within the first segment's 1 MiB, every segment ends with a tag, and there is always one segment.
-    """
-    per_segment = SEGMENT_BYTES - TAG_BYTES
-    segments = max(1, -(-(plain_bytes + HEADER_BYTES) // per_segment))
-    return HEADER_BYTES + plain_bytes + TAG_BYTES * segments
+"""Bytes of plaintext encrypted at once."""
 
 
 class DataKey:
     """The key of one push. Made by `new_data_key` and `open_data_key`; safe to use from many threads."""
 
-    __slots__ = ("_encryption", "_primitive", "context")
+    __slots__ = ("_encryption", "_key", "_keyset", "context")
 
     def __init__(self, keyset: bytes, encryption: Encryption, context: KeyContext) -> None:
-        self._primitive = primitive(keyset, Kind.STREAMING)
+        self._key = key_value(keyset, Kind.STREAMING)
+        self._keyset = keyset
         self._encryption = encryption
         self.context = context
 
@@ -108,44 +91,43 @@ class DataKey:
                 self._encrypt(source, file, sink)
             yield target, FileEntry(file.name, sink.size, sink.digest.hexdigest())
 
-    def decrypting(self, pieces: Iterable[bytes | memoryview], file: FileEntry) -> Iterator[bytes]:
-        """Yield the plaintext of a file, in order, in pieces of at most PIECE_BYTES.
-
-        Each piece is authenticated before it is handed over, as the bytes at this place of this file; that the file is
-        whole is known only when the iterator ends. Memory is bounded by a few MiB.
-
-        Args:
-            pieces: the ciphertext in order; each may be overwritten once the next is asked for. Closed at the end,
-                when it can be. What it raises is passed on unchanged.
-            file: the file wanted, from the signed manifest.
+    def opened(self, ciphertext: bytes, file: FileEntry) -> bytes:
+        """Return the plaintext of a file whose ciphertext is held in memory; `file` is from the signed manifest.
 
         Raises:
             DigestMismatchError: not the ciphertext of this file under this key.
         """
-        import tink
+        if len(ciphertext) != ciphertext_size(file.size):
+            _refuse(self.context, file)
+        read = self.decrypting(lambda start, length: iter([ciphertext[start : start + length]]), file)
+        return b"".join(map(bytes, read(0, file.size)))
 
-        source = _Source(pieces, limit_bytes=ciphertext_size(file.size))
-        left = file.size
-        try:
-            stream = self._primitive.new_decrypting_stream(source, self.context.of_file(file))
-            while piece := stream.read1(PIECE_BYTES):
-                left -= len(piece)
-                if left < 0:
-                    _refuse(self.context, file)
-                yield piece
-            if left:
-                _refuse(self.context, file)
-        except (tink.TinkError, ValueError) as error:
-            if source.failure is not None:
-                raise source.failure from None
-            _refuse(self.context, file, error)
-        finally:
-            source.end()
+    def decrypting(self, read: ReadRange, file: FileEntry) -> ReadRange:
+        """Return what reads ranges of a file's plaintext, on any number of threads; see `segments`.
+
+        Args:
+            read: reads ranges of the ciphertext, a blob of `ciphertext_size(file.size)` bytes. What it raises is passed
+                on unchanged; its ranges are closed when those of the plaintext are.
+            file: the file wanted, from the signed manifest.
+
+        Raises:
+            DigestMismatchError: while it is read: not the ciphertext of this file under this key.
+        """
+        segmented = SegmentedFile(read, self._key, self.context.of_file(file), file.size)
+
+        def plain(start: int, length: int) -> Iterator[Piece]:
+            try:
+                yield from segmented.read(start, length)
+            except SegmentError as error:
+                _refuse(self.context, file, error)
+
+        return plain
 
     def _encrypt(self, source: BinaryIO, file: FileEntry, sink: _Sink) -> None:
         """Encrypt `source` to its end into `sink`, checking that it is the file described."""
         digest, size = hashlib.sha256(), 0
-        with self._primitive.new_encrypting_stream(sink, self.context.of_file(file)) as stream:
+        tink = primitive(self._keyset, Kind.STREAMING)
+        with tink.new_encrypting_stream(sink, self.context.of_file(file)) as stream:
             while chunk := source.read(PIECE_BYTES):
                 size += len(chunk)
                 digest.update(chunk)
@@ -237,42 +219,6 @@ class _Sink(io.RawIOBase):
         self.digest.update(body)
         self.size += len(body)
         return len(body)
-
-
-class _Source(io.RawIOBase):
-    """Makes an iterator of pieces readable, up to a limit, and keeps the error it ended with: Tink would hide it."""
-
-    def __init__(self, pieces: Iterable[bytes | memoryview], *, limit_bytes: int) -> None:
-        super().__init__()
-        self._pieces = iter(pieces)
-        self._piece = memoryview(b"")
-        self._left = limit_bytes
-        self.failure: BaseException | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            while not self._piece:
-                self._piece = memoryview(next(self._pieces))
-        except StopIteration:
-            return b""
-        except BaseException as error:
-            self.failure = error
-            raise
-        # One byte above the limit is passed on, so that Tink sees a ciphertext that is too long and refuses it.
-        taken = bytes(self._piece[: min(size if size >= 0 else len(self._piece), self._left + 1)])
-        self._piece = self._piece[len(taken) :]
-        self._left -= len(taken)
-        return taken
-
-    def end(self) -> None:
-        """Close the iterator; a download must not go on for nobody."""
-        self._piece = memoryview(b"")
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
 
 
 def _refuse(context: KeyContext, file: FileEntry, error: BaseException | None = None) -> NoReturn:

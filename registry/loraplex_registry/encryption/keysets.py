@@ -42,15 +42,27 @@ def primitive(keyset: bytes, kind: Kind) -> Any:
         KeysetError: not exactly one enabled key of this kind, size and parameters.
     """
     import tink
-    from google.protobuf.message import DecodeError
     from tink import aead, proto_keyset_format, secret_key_access, streaming_aead
 
-    template = _template(kind)
+    key_value(keyset, kind)
     try:
-        _check(keyset, template, kind)
         handle = proto_keyset_format.parse(keyset, secret_key_access.TOKEN)
         return handle.primitive(aead.Aead if kind is Kind.WRAPPING else streaming_aead.StreamingAead)
-    except (tink.TinkError, DecodeError) as error:
+    except tink.TinkError as error:
+        raise KeysetError("not a keyset") from error
+
+
+def key_value(keyset: bytes, kind: Kind) -> bytes:
+    """Return the key in a serialised keyset, a secret of 32 bytes.
+
+    Raises:
+        KeysetError: not exactly one enabled key of this kind, size and parameters.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _checked(keyset, _template(kind), kind)
+    except DecodeError as error:
         raise KeysetError("not a keyset") from error
 
 
@@ -64,7 +76,7 @@ def _template(kind: Kind) -> Any:
     return streaming_aead.streaming_aead_key_templates.AES256_GCM_HKDF_1MB
 
 
-def _check(keyset: bytes, template: Any, kind: Kind) -> None:
+def _checked(keyset: bytes, template: Any, kind: Kind) -> bytes:
     from tink.proto import aes_gcm_hkdf_streaming_pb2, aes_gcm_pb2, tink_pb2
 
     parsed = tink_pb2.Keyset.FromString(keyset)
@@ -88,3 +100,4 @@ def _check(keyset: bytes, template: Any, kind: Kind) -> None:
         same = plain.params == wanted.params
     if not same or plain.version != 0 or len(plain.key_value) != wanted.key_size:
         raise KeysetError("another size or other parameters")
+    return bytes(plain.key_value)

@@ -25,18 +25,19 @@ from ..format.manifest import FileEntry
 from ..format.record import CommittedRecord, DeletingRecord, Encryption, PendingRecord, Record, StoredFile
 from ..refs import AdapterRef, Version
 from ..signing import BUNDLE_TYPE
-from ..storage.store import Piece, Store, read_blob
+from ..storage.store import Piece, Store, blob_reader, resumed
 from .findings import NOT_TRUSTED, Finding, Report, Severity, refused
 from .fsck_tags import TagJudge, check_tags, content_of
 from .tag_state import tag_names
 from .versions import get_record, recorded_versions
 
 if TYPE_CHECKING:
+    from ..encryption.data_keys import DataKey
     from ..encryption.key_providers import KeyRing
     from ..trust.revocations import RevocationObject
 
-Opener = Callable[[AdapterRef, str, Encryption, FileEntry, Iterator[Piece]], Iterator[bytes]]
-"""Decrypts: called with reference, push id, encryption, file and ciphertext, returns the plaintext."""
+Opener = Callable[[AdapterRef, str, Encryption], "DataKey"]
+"""Called with reference, push id and encryption; returns the data key."""
 
 Judge = Callable[[AdapterRef, CommittedRecord], None]
 """Raises a TrustError when a version's signature is not one the policy accepts."""
@@ -50,12 +51,9 @@ def opener_of(ring: KeyRing) -> Opener:
     from ..encryption.data_keys import open_data_key
     from ..encryption.key_providers import KeyContext
 
-    def opened(
-        ref: AdapterRef, pid: str, encryption: Encryption, file: FileEntry, pieces: Iterator[Piece]
-    ) -> Iterator[bytes]:
+    def opened(ref: AdapterRef, pid: str, encryption: Encryption) -> DataKey:
         assert ref.version is not None
-        key = open_data_key(ring, encryption, KeyContext.of(ref, ref.version, pid))
-        return key.decrypting(pieces, file)
+        return open_data_key(ring, encryption, KeyContext.of(ref, ref.version, pid))
 
     return opened
 
@@ -194,7 +192,7 @@ def stored_size(record: CommittedRecord, file: StoredFile) -> int:
     """Return the bytes a file takes in the store."""
     if record.encryption is None:
         return file.size
-    from ..encryption.data_keys import ciphertext_size
+    from ..encryption.segments import ciphertext_size
 
     return ciphertext_size(file.size)
 
@@ -274,16 +272,14 @@ def plain_pieces(
     opener: Opener | None,
 ) -> Iterator[Piece]:
     """Yield a stored file's plaintext, unchecked; an encrypted one needs an opener."""
-    pieces: Iterator[Piece]
-    if file.inline is not None:
-        pieces = iter([file.inline])
-    else:
-        key = f"{layout.adapter_prefix(ref)}{file.blob}"
-        pieces = read_blob(store, key, size_bytes=stored_size(record, file))
-    if record.encryption is None:
-        yield from pieces
-        return
-    if opener is None:
+    encryption = record.encryption
+    if encryption is not None and opener is None:
         raise InvalidReferenceError(f"{file.name} of {ref.name} is encrypted; give its key.")
     place = AdapterRef(ref.tenant, ref.adapter, version=version)
-    yield from opener(place, record.pid, record.encryption, entry, pieces)
+    key = None if encryption is None or opener is None else opener(place, record.pid, encryption)
+    if file.inline is not None:
+        yield file.inline if key is None else key.opened(file.inline, entry)
+        return
+    blob = f"{layout.adapter_prefix(ref)}{file.blob}"
+    read = resumed(blob_reader(store, blob, size_bytes=stored_size(record, file)))
+    yield from (read if key is None else key.decrypting(read, entry))(0, file.size)

@@ -436,7 +436,8 @@ class S3Data:
 def _pieces(answer: http.client.HTTPResponse, buffer: memoryview, length: int) -> Iterator[Piece]:
     left = length
     while left > 0:
-        wanted = len(buffer) if left < length else FIRST_BYTES
+        done = length - left
+        wanted = len(buffer) - done % len(buffer) if done else FIRST_BYTES
         count = answer.readinto(buffer[: min(left, wanted)])
         if count == 0:
             raise http.client.IncompleteRead(b"", left)

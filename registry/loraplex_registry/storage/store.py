@@ -40,17 +40,19 @@ __all__ = [
     "CountingStore",
     "Item",
     "Piece",
+    "ReadRange",
     "Store",
     "StoredBlob",
     "StoredUpload",
     "UploadLog",
+    "blob_reader",
     "is_name",
     "open_store",
-    "read_blob",
     "require_blob_key",
     "require_key",
     "require_prefix",
     "require_range",
+    "resumed",
     "write_conditionally",
 ]
 
@@ -67,6 +69,9 @@ _T = TypeVar("_T")
 
 Piece = bytes | memoryview
 """A part of a blob. A memoryview is good until the next piece is asked for."""
+
+ReadRange = Callable[[int, int], Iterator[Piece]]
+"""Called with start and length in bytes; yields exactly those bytes of one blob (see `Store.read_range`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,21 +376,27 @@ def open_store(
     )
 
 
-def read_blob(store: Store, key: str, *, size_bytes: int) -> Iterator[Piece]:
-    """Yield a whole blob in order; taken up again where it broke off, while every attempt brings something new.
+def blob_reader(store: Store, key: str, *, size_bytes: int) -> ReadRange:
+    """Return what reads ranges of a blob of so many bytes; see `Store.read_range`."""
+    return lambda start, length: store.read_range(key, start=start, length=length, size_bytes=size_bytes)
 
-    Raises:
-        As `Store.read_range`.
-    """
-    done = 0
-    while done < size_bytes or not size_bytes:
-        before = done
-        try:
-            for piece in store.read_range(key, start=done, length=size_bytes - done, size_bytes=size_bytes):
-                done += len(piece)
-                yield piece
-        except StoreUnavailableError:
-            if done == before:
-                raise
-            continue
-        return
+
+def resumed(read: ReadRange) -> ReadRange:
+    """Return a reader that goes on where a range broke off, while every attempt brings something new."""
+
+    def whole(start: int, length: int) -> Iterator[Piece]:
+        end = start + length
+        while True:
+            before = start
+            try:
+                for piece in read(start, end - start):
+                    start += len(piece)
+                    yield piece
+            except StoreUnavailableError:
+                if start == before:
+                    raise
+                if start < end:
+                    continue
+            return
+
+    return whole
