@@ -6,7 +6,7 @@ here can be kept in files. The keys are worth nothing: anybody can make them.
 
 import datetime as dt
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,8 @@ NOW = dt.datetime(2026, 6, 1, 12, 0, 0, tzinfo=dt.UTC)
 Objects = dict[str, bytes]
 
 
-@dataclass
-class _Signature:
-    signature: str
-
-
 class _Seeded:
-    """Signs like a securesystemslib signer, with a key made from a name."""
+    """Signs with a key made from a name."""
 
     def __init__(self, name: str, algorithm: str) -> None:
         seed = hashlib.sha256(f"loraplex test key {name}".encode()).digest()
@@ -50,12 +45,11 @@ class _Seeded:
         else:
             self.private = ec.derive_private_key(int.from_bytes(seed[:31]), ec.SECP256R1())
 
-    def sign(self, message: bytes) -> _Signature:
+    def sign(self, message: bytes) -> bytes:
         if isinstance(self.private, ed25519.Ed25519PrivateKey):
-            return _Signature(self.private.sign(message).hex())
-        return _Signature(
-            self.private.sign(message, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)).hex()
-        )
+            return self.private.sign(message)
+        scheme = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        return bytes(self.private.sign(message, scheme))
 
 
 def signer(name: str) -> Signer:
@@ -63,7 +57,9 @@ def signer(name: str) -> Signer:
     algorithm = "ecdsa-p256" if name.startswith("p256") else "ed25519"
     seeded = _Seeded(name, algorithm)
     public = seeded.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return Signer(seeded, PublicKey(hashlib.sha256(public).hexdigest(), algorithm, public.decode("ascii")))
+    return Signer(
+        seeded.sign, PublicKey(hashlib.sha256(public).hexdigest(), algorithm, public.decode("ascii"))
+    )
 
 
 class Forge:

@@ -10,11 +10,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from securesystemslib.signer import CryptoSigner
 
 from loraplex_registry.format.canonical import b64encode
 from loraplex_registry.signing import sign_files
-from loraplex_registry.signing.keys import Signer, public_key_of, sslib_key
+from loraplex_registry.signing.keys import Signer, signer_of
 
 DAY = dt.timedelta(days=1)
 SAN = "spiffe://acme.example/ci/release"
@@ -41,8 +40,7 @@ class Issued:
     @property
     def signer(self) -> Signer:
         """A signer with the certificate's key."""
-        public = public_key_of(self.key.public_key())
-        return Signer(CryptoSigner(self.key, sslib_key(self.key.public_key(), public.keyid)), public)
+        return signer_of(self.key)
 
 
 def issue(

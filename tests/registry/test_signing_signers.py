@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from loraplex_examples import s3_server
-from loraplex_registry.errors import SettingsError
-from loraplex_registry.signing import sign_envelope, sign_files, verify_bundle, verify_envelope
-from loraplex_registry.signing.keys import load_public_key
+from loraplex_registry.errors import SettingsError, SignatureInvalidError
+from loraplex_registry.signing import Signer, sign_envelope, sign_files, verify_bundle, verify_envelope
+from loraplex_registry.signing.envelopes import pae
+from loraplex_registry.signing.keys import ALGORITHMS, generate_key, load_public_key
 from loraplex_registry.signing.signers import EXTRAS, RemoteSigner, is_signer_uri, load_signer
 
 FILES = {"adapter_config.json": "1" * 64, "adapter_model.safetensors": "2" * 64}
@@ -122,7 +127,29 @@ class FakeSigner:
     def sign(self, message: bytes) -> Any:
         if self._ask is not None:
             self._ask("pin")
-        return self._inner._signer.sign(message)
+        return Signature(self._inner.keyid, self._inner.sign(message).hex())
+
+
+def reported(signer: Signer) -> SSlibKey:
+    """The public key as a service reports it."""
+    return SSlibKey.from_crypto(load_pem_public_key(signer.public_key.pem.encode()), signer.keyid)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_signatures_are_those_of_the_reference_library(algorithm: str, tmp_path: Path) -> None:
+    """securesystemslib, which other DSSE tools use, verifies what we sign, and we verify what it signs."""
+    public = generate_key(tmp_path / "k.key", algorithm=algorithm)
+    ours = load_signer(tmp_path / "k.key")
+    theirs = CryptoSigner(load_pem_private_key((tmp_path / "k.key").read_bytes(), None), reported(ours))
+    message = pae(b"payload", "application/x")
+    assert message == Envelope(b"payload", "application/x", {}).pae()
+    reported(ours).verify_signature(Signature(ours.keyid, ours.sign(message).hex()), message)
+    public.check(bytes.fromhex(theirs.sign(message).signature), message)
+    with pytest.raises(UnverifiedSignatureError):
+        reported(ours).verify_signature(Signature(ours.keyid, ours.sign(b"x").hex()), message)
+    for wrong in (ours.sign(b"x"), b"", b"\x30\x00", bytes(64), bytes(200)):
+        with pytest.raises(SignatureInvalidError):
+            public.check(wrong, message)
 
 
 @pytest.mark.parametrize("name", ["acme", "acme25519"])
@@ -138,7 +165,7 @@ def test_any_signer_of_the_library_works_end_to_end(
         @classmethod
         def import_(cls, number: int | None, label: str | None, secrets_handler: Any) -> tuple[str, Any]:
             assert (number, label) == (7, "Token 1")
-            return "hsm:7?label=Token+1", local._signer.public_key
+            return "hsm:7?label=Token+1", reported(local)
 
         @classmethod
         def from_priv_key_uri(cls, uri: str, key: Any, handler: Any) -> FakeSigner:
@@ -162,7 +189,7 @@ def test_an_old_version_of_a_vault_key_is_refused(keys: Path, monkeypatch: pytes
     class Vault:
         @classmethod
         def import_(cls, name: str) -> tuple[str, Any]:
-            return f"hv:{name}/12", local._signer.public_key
+            return f"hv:{name}/12", reported(local)
 
         @classmethod
         def from_priv_key_uri(cls, uri: str, key: Any, handler: Any) -> FakeSigner:
@@ -178,15 +205,14 @@ def test_an_old_version_of_a_vault_key_is_refused(keys: Path, monkeypatch: pytes
 def test_a_keeper_that_signs_with_another_key_is_found_out_before_anything_is_published(keys: Path) -> None:
     acme, globex = load_signer(keys / "acme.key"), load_signer(keys / "globex.key")
     with pytest.raises(SettingsError, match="does not verify with its public key"):
-        RemoteSigner(FakeSigner(globex), acme.public_key).sign(b"x")
+        RemoteSigner(globex.sign, acme.public_key).sign(b"x")
 
 
 def test_a_keepers_error_text_is_not_passed_on(keys: Path) -> None:
-    class Broken:
-        def sign(self, message: bytes) -> Any:
-            raise OSError("token=s3cr3t")
+    def broken(message: bytes) -> bytes:
+        raise OSError("token=s3cr3t")
 
-    signer = RemoteSigner(Broken(), load_public_key(keys / "acme.pub"))
+    signer = RemoteSigner(broken, load_public_key(keys / "acme.pub"))
     with pytest.raises(SettingsError, match="OSError") as caught:
         signer.sign(b"x")
     assert "s3cr3t" not in str(caught.value)

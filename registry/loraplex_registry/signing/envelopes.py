@@ -146,10 +146,12 @@ def payload_unverified(envelope: object) -> bytes:
 
 
 def pae(payload: bytes, payload_type: str) -> bytes:
-    """Return the bytes that are signed: DSSE's pre-authentication encoding of a payload and its type."""
-    from securesystemslib.dsse import Envelope
+    """Return the bytes that are signed: DSSE's pre-authentication encoding of a payload and its type.
 
-    return Envelope(payload, payload_type, {}).pae()  # type: ignore[no-any-return,unused-ignore]
+    https://github.com/secure-systems-lab/dsse/blob/v1.0.2/protocol.md#signature-definition
+    """
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
 def _read(envelope: object) -> _Envelope:

@@ -1,7 +1,9 @@
 """Keys: public keys and their ids, key files, and what a signer is.
 
 A key's id is the lower-case hex SHA-256 of its SubjectPublicKeyInfo in PEM, which is also the key hint of OpenSSF Model
-Signing: one id everywhere. Signing and verifying is done by `securesystemslib`; there is no cryptography here.
+Signing: one id everywhere. Signing and verifying is done by `cryptography`, with the hashes of OpenSSF Model Signing.
+`securesystemslib`, which speaks to key services, is not used for it: importing its signers loads the SDK of every
+service that is installed, and took half the time of a short command.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from .. import durable
 from ..errors import SettingsError, SignatureInvalidError
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurve
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 KEY_FILE_BYTES_MAX: Final = 16 << 10
@@ -27,12 +31,12 @@ ALGORITHMS: Final = ("ecdsa-p256", "ecdsa-p384", "ecdsa-p521", "ed25519")
 
 _KEYID: Final = re.compile(r"[0-9a-f]{64}")
 
-_SCHEMES: Final = {
-    "ecdsa-sha2-nistp256": "ecdsa-p256",
-    "ecdsa-sha2-nistp384": "ecdsa-p384",
-    "ecdsa-sha2-nistp521": "ecdsa-p521",
-    "ed25519": "ed25519",
+_CURVES: Final = {
+    "secp256r1": ("ecdsa-p256", "SHA256"),
+    "secp384r1": ("ecdsa-p384", "SHA384"),
+    "secp521r1": ("ecdsa-p521", "SHA512"),
 }
+"""Curve -> our name of the algorithm, and the hash of ECDSA (FIPS 186-5: as strong as the curve)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +49,26 @@ class PublicKey:
 
     def check(self, signature: bytes, message: bytes) -> None:
         """Raise SignatureInvalidError unless `signature` over `message` was made with this key."""
-        from securesystemslib.exceptions import UnverifiedSignatureError
-        from securesystemslib.signer import Signature
+        from cryptography.exceptions import InvalidSignature
 
         try:
-            _verifier(self.pem, self.keyid).verify_signature(Signature(self.keyid, signature.hex()), message)
-        except UnverifiedSignatureError as error:
+            _verifier(self.pem)(signature, message)
+        except InvalidSignature as error:
             raise SignatureInvalidError(
                 f"The signature does not verify with key {self.keyid[:16]}…; the bytes were changed or never signed."
             ) from error
 
 
 class Signer:
-    """Signs with one private key through any `securesystemslib` signer. Its `repr` shows the key id alone.
+    """Signs with one private key, wherever that is. Its `repr` shows the key id alone.
 
     Args:
-        sslib_signer: any object with the `securesystemslib.signer.Signer` interface: `sign(bytes)` returns an object
-            whose `signature` is the signature in hex.
+        sign: returns the raw signature over a message.
         public_key: the key it signs with.
     """
 
-    def __init__(self, sslib_signer: Any, public_key: PublicKey) -> None:
-        self._signer = sslib_signer
+    def __init__(self, sign: Callable[[bytes], bytes], public_key: PublicKey) -> None:
+        self._sign = sign
         self.public_key = public_key
 
     @property
@@ -76,7 +78,7 @@ class Signer:
 
     def sign(self, message: bytes) -> bytes:
         """Return the raw signature over `message`."""
-        return bytes.fromhex(self._signer.sign(message).signature)
+        return self._sign(message)
 
     def __repr__(self) -> str:
         return f"Signer({self.keyid[:16]}…)"
@@ -136,23 +138,23 @@ def public_key_of(key: PublicKeyTypes) -> PublicKey:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    keyid = hashlib.sha256(pem).hexdigest()
-    try:
-        algorithm = _SCHEMES[sslib_key(key, keyid).scheme]
-    except (KeyError, ValueError) as error:
-        raise SettingsError(f"The key is of an unknown kind; use one of {', '.join(ALGORITHMS)}.") from error
-    return PublicKey(keyid, algorithm, pem.decode("ascii"))
+    return PublicKey(hashlib.sha256(pem).hexdigest(), _algorithm(key), pem.decode("ascii"))
 
 
-def sslib_key(key: PublicKeyTypes, keyid: str) -> Any:
-    """Return a `cryptography` public key as a `securesystemslib` key with our id.
+def signer_of(key: PrivateKeyTypes) -> Signer:
+    """Return the signer of a `cryptography` private key.
 
     Raises:
-        ValueError: a kind it does not know.
+        SettingsError: a kind not in `ALGORITHMS`.
     """
-    from securesystemslib.signer import SSlibKey
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-    return SSlibKey.from_crypto(key, keyid)
+    public = public_key_of(key.public_key())
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        private, scheme = key, _ecdsa(key.curve)
+        return Signer(lambda message: private.sign(message, scheme), public)
+    assert isinstance(key, ed25519.Ed25519PrivateKey)
+    return Signer(key.sign, public)
 
 
 def read_key_file(path: str | Path) -> bytes:
@@ -188,8 +190,34 @@ def write_new(path: Path, body: bytes, *, mode: int) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _verifier(pem: str, keyid: str) -> Any:
-    return sslib_key(_load_public(pem.encode("ascii")), keyid)
+def _verifier(pem: str) -> Callable[[bytes, bytes], None]:
+    """Return what verifies a signature over a message, or raises InvalidSignature. The key is parsed once."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    key = _load_public(pem.encode("ascii"))
+    _algorithm(key)
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        public, scheme = key, _ecdsa(key.curve)
+        return lambda signature, message: public.verify(signature, message, scheme)
+    assert isinstance(key, ed25519.Ed25519PublicKey)
+    return key.verify
+
+
+def _algorithm(key: PublicKeyTypes) -> str:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return "ed25519"
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES:
+        return _CURVES[key.curve.name][0]
+    raise SettingsError(f"The key is of an unknown kind; use one of {', '.join(ALGORITHMS)}.")
+
+
+def _ecdsa(curve: EllipticCurve) -> ECDSA:
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+
+    return ECDSA(getattr(hashes, _CURVES[curve.name][1])())
 
 
 def _new_private_key(algorithm: str) -> PrivateKeyTypes:

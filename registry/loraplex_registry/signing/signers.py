@@ -26,7 +26,7 @@ from typing import Any, Final
 from urllib.parse import unquote_plus, urlsplit
 
 from ..errors import RegistryError, SettingsError, SignatureInvalidError
-from .keys import PublicKey, Signer, public_key_of, read_key_file, sslib_key
+from .keys import PublicKey, Signer, public_key_of, read_key_file, signer_of
 
 EXTRAS: Final = {
     "awskms": "awskms",
@@ -114,7 +114,6 @@ class _Place:
 def _file_signer(path: str | Path, passphrase: str | None) -> Signer:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    from securesystemslib.signer import CryptoSigner
 
     try:
         private = load_pem_private_key(read_key_file(path), passphrase.encode() if passphrase else None)
@@ -125,8 +124,7 @@ def _file_signer(path: str | Path, passphrase: str | None) -> Signer:
         raise SettingsError(
             f"Key {path} cannot be read: wrong passphrase or not a PKCS#8 PEM private key."
         ) from error
-    public = public_key_of(private.public_key())
-    return Signer(CryptoSigner(private, sslib_key(private.public_key(), public.keyid)), public)
+    return signer_of(private)
 
 
 def _remote_signer(uri: str, passphrase: str | None) -> RemoteSigner:
@@ -152,7 +150,7 @@ def _remote_signer(uri: str, passphrase: str | None) -> RemoteSigner:
         ) from error
     if place.version and not full_uri.endswith(place.version):
         raise SettingsError(f"Key {uri} is not the newest version; name the newest or leave the version out.")
-    return RemoteSigner(inner, public)
+    return RemoteSigner(lambda message: bytes.fromhex(inner.sign(message).signature), public)
 
 
 def _parse(uri: str) -> _Place:
