@@ -162,12 +162,12 @@ def test_a_file_is_matched_by_its_bytes(tmp_path: Path) -> None:
             assert matches(file.fileno(), entry_of("f", body)) is right
 
 
-@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("chunk", range(6))
 def test_a_request_for_several_chunks_that_breaks_off_goes_on_with_the_chunk_that_broke(
-    together: int, tmp_path: Path
+    chunk: int, tmp_path: Path
 ) -> None:
     """What looks at the chunks sees each accepted once, and the progress adds up."""
-    body = np.random.default_rng(4).bytes(5 * CHUNK_BYTES + 99)
+    body = np.random.default_rng(4).bytes(5 * CHUNK_BYTES + 600_000)
     accepted: list[int] = []
 
     class Chunk:
@@ -190,7 +190,7 @@ def test_a_request_for_several_chunks_that_breaks_off_goes_on_with_the_chunk_tha
         def abandon(self) -> None:
             pass
 
-    broken = {CHUNK_BYTES + 500_000}
+    broken = {chunk * CHUNK_BYTES + 500_000}
     asked: list[tuple[int, int]] = []
 
     def read(start: int, length: int) -> Iterator[bytes]:
@@ -204,16 +204,20 @@ def test_a_request_for_several_chunks_that_breaks_off_goes_on_with_the_chunk_tha
     told: list[int] = []
     descriptor = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     try:
-        download(
-            read, entry_of("f", body), descriptor, what="f", look=Look(), progress=told.append,
-            chunks_together=together,
-        )  # fmt: skip
+        entry = entry_of("f", body)
+        download(read, entry, descriptor, what="f", look=Look(), progress=told.append, threads=1)
     finally:
         os.close(descriptor)
     assert (tmp_path / "f").read_bytes() == body
     assert sorted(accepted) == [index * CHUNK_BYTES for index in range(6)]
     assert sum(told) == len(body)
-    assert sum(start == CHUNK_BYTES for start, _ in asked) == (2 if together == 1 else 1)
+    end = len(body)
+    requests = {
+        0: [(0, CHUNK_BYTES), (0, CHUNK_BYTES), (CHUNK_BYTES, end - CHUNK_BYTES)],
+        1: [(0, CHUNK_BYTES), (CHUNK_BYTES, end - CHUNK_BYTES), (CHUNK_BYTES, end - CHUNK_BYTES)],
+    }
+    begin = chunk * CHUNK_BYTES
+    assert asked == requests.get(chunk, [*requests[1][:2], (begin, end - begin)])
 
 
 @given(data=st.data())

@@ -35,8 +35,15 @@ FAR_S: Final = 0.01
 """Seconds to a range's first piece from which the storage is far: then more chunks are asked for than there are cores.
 """
 
+CHUNKS_TOGETHER_MAX: Final = 4
+"""Most neighbouring chunks of a near storage asked for in one request: a request costs both sides about as much as
+hashing half a MiB. A far storage is asked for one chunk at a time, so that more connections share a file.
+"""
+
 TAIL_BYTES: Final = 1 << 20
-"""A last chunk of at most so many bytes is asked for together with the one before it."""
+"""A last chunk of at most so many bytes is asked for together with the one before it: a header makes 8 MiB of weights
+a little longer than a chunk.
+"""
 
 _READ_BYTES: Final = 512 << 10
 
@@ -73,7 +80,6 @@ def download(
     look: Look | None = None,
     progress: Callable[[int], None] | None = None,
     threads: int | None = None,
-    chunks_together: int = 1,
 ) -> None:
     """Fill a new file with the bytes that were signed.
 
@@ -87,7 +93,6 @@ def download(
             once. What it raises ends the download.
         threads: chunks at once, 1 to CHUNKS_IN_FLIGHT; by default `default_threads()`, and CHUNKS_IN_FLIGHT as soon as
             a first piece was longer under way than FAR_S.
-        chunks_together: neighbouring chunks asked for in one request, at least 1.
 
     Raises:
         DigestMismatchError: the store's bytes are not the signed ones.
@@ -97,8 +102,7 @@ def download(
     if target is not None and file.size > CHUNK_BYTES:
         # Few extents, and "disk full" before the download, not after it.
         os.posix_fallocate(target, 0, file.size)
-    spans = _spans(file, chunks_together)
-    job = _Job(read, spans, target, what=what, look=look, progress=progress, far_threads=threads)
+    job = _Job(read, _parts(file), target, what=what, look=look, progress=progress, far_threads=threads)
     job.widen(threads or default_threads())
     job.work()
     job.join()
@@ -142,22 +146,11 @@ class _Span:
     told: int
 
 
-def _spans(file: FileEntry, together: int) -> list[_Span]:
-    """Cut a file into spans of `together` chunks; a short last chunk goes with those before it.
-
-    A header makes a file of 8 MiB of weights a little longer than a chunk; that is not worth a request of its own.
-    """
-    parts = [
+def _parts(file: FileEntry) -> deque[_Part]:
+    return deque(
         _Part(index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, file.size), digest)
         for index, digest in enumerate(file.chunk_digests)
-    ]
-    firsts = list(range(0, len(parts), together))
-    if len(firsts) > 1 and file.size - parts[firsts[-1]].start <= TAIL_BYTES:
-        firsts.pop()
-    ends = [*firsts[1:], len(parts)]
-    return [
-        _Span(deque(parts[first:end]), parts[first].start) for first, end in zip(firsts, ends, strict=True)
-    ]
+    )
 
 
 def _cut(pieces: Iterator[Piece], position: int) -> Iterator[memoryview]:
@@ -199,7 +192,7 @@ class _Job:
     def __init__(
         self,
         read: ReadRange,
-        spans: list[_Span],
+        parts: deque[_Part],
         target: int | None,
         *,
         what: str,
@@ -215,11 +208,13 @@ class _Job:
         self._what = what
         self._look = look
         self._progress = progress
-        self._spans = iter(spans)
-        self._far_threads = min(far_threads or CHUNKS_IN_FLIGHT, len(spans))
-        self._threads_max = min(CHUNKS_IN_FLIGHT, len(spans))
+        self._parts = parts
+        self._far_threads = far_threads or CHUNKS_IN_FLIGHT
+        self._threads_max = min(CHUNKS_IN_FLIGHT, len(parts))
         self._others: list[threading.Thread] = []
-        self._lock = threading.Lock()  # guards _spans, _others, failure, and calls of progress
+        self._asked = 0
+        self._far = False
+        self._lock = threading.Lock()  # guards _parts, _asked, _others, failure, and calls of progress
         self.failure: BaseException | None = None
 
     def widen(self, threads: int) -> None:
@@ -238,8 +233,7 @@ class _Job:
     def work(self) -> None:
         """Download chunks until none is left or one failed."""
         while True:
-            with self._lock:
-                span = next(self._spans, None)
+            span = self._take()
             if span is None or self.failure is not None:
                 return
             try:
@@ -249,6 +243,21 @@ class _Job:
                     self.failure = self.failure or error
                 if self._look is not None:
                     self._look.abandon()
+
+    def _take(self) -> _Span | None:
+        """Take the next chunks to ask for in one request; the first of each thread tells how far the storage is."""
+        with self._lock:
+            if not self._parts:
+                return None
+            threads = 1 + len(self._others)
+            count = 1
+            if not self._far and self._asked >= threads:
+                count = max(1, min(CHUNKS_TOGETHER_MAX, len(self._parts) // threads))
+            self._asked += 1
+            taken = deque(self._parts.popleft() for _ in range(count))
+            if len(self._parts) == 1 and self._parts[0].end - self._parts[0].start <= TAIL_BYTES:
+                taken.append(self._parts.popleft())
+            return _Span(taken, taken[0].start)
 
     def _fetch(self, span: _Span) -> None:
         for attempt in range(1, CHUNK_TRIES_MAX + 1):
@@ -271,6 +280,7 @@ class _Job:
                 if self.failure is not None:
                     return
                 if position == start and time.monotonic() - asked_s > FAR_S:
+                    self._far = True
                     self.widen(self._far_threads)
                 chunk = chunk or _Chunk(span.left[0].digest, self._look, position)
                 chunk.feed(piece)

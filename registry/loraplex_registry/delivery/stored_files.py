@@ -32,11 +32,6 @@ from ..trust.verdict import VerifiedManifest
 from ..validation.base import Progress
 from .download import Look, download
 
-ENCRYPTED_CHUNKS_TOGETHER: Final = 2
-"""Chunks of an encrypted file asked for in one request. Segments do not end where chunks end, so the last segment of a
-request is read and decrypted by its neighbour once more: that costs a sixteenth instead of an eighth.
-"""
-
 _T = TypeVar("_T")
 
 _OLD_COPY: Final = (KeyAbsentError, DigestMismatchError, PolicyRefusedError, SettingsError)
@@ -100,15 +95,8 @@ class StoredFiles:
         what = self._what(name)
 
         def fill(stored: StoredFile) -> None:
-            download(
-                self._reader(stored, file),
-                file,
-                target,
-                what=what,
-                look=look,
-                progress=progress,
-                chunks_together=1 if self._record.encryption is None else ENCRYPTED_CHUNKS_TOGETHER,
-            )
+            read = self._reader(stored, file)
+            download(read, file, target, what=what, look=look, progress=progress)
 
         self._found(name, fill)
 
