@@ -32,6 +32,7 @@ content of an adapter, so it may be shown to a user and logged.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -213,3 +214,14 @@ class KeyConflictError(StoreError):
 
     code = "CONFLICT"
     exit_code = 4
+
+
+def what_to_do(error: OSError) -> str:
+    """Return the next step after a failed write, by the system's error number: the end of a message's sentence."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "make room there and try again"
+    if error.errno == errno.EROFS:
+        return "it is mounted read-only: name another place, or mount it for writing"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "name a place that this user may write to"
+    return "look at the disk and try again"

@@ -103,7 +103,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             kind.
     """
     path = settings_path(environment)
-    table = _table(path) if path.is_file() else {}
+    table = _table(path) if path.exists() else {}
     given, here = environment_options(environment), table.pop("s3", {})
     where = (
         "The environment" if given and not here else f"{path}: [s3]" + " and the environment" * bool(given)
@@ -118,9 +118,11 @@ def _table(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             table = tomllib.loads(file.read(SETTINGS_BYTES_MAX).decode("utf-8"))
     except OSError as error:
-        raise SettingsError(f"{path} cannot be opened ({error.strerror}).") from error
+        raise SettingsError(
+            f"{path} cannot be opened ({error.strerror}); it must be a file you can read."
+        ) from error
     except ValueError as error:
-        raise SettingsError(f"{path} is not TOML ({error}).") from error
+        raise SettingsError(f"{path} is not TOML ({error}); correct it there.") from error
     for key, value in table.items():
         _check_key(path, key, value)
     if "tenant" in table:

@@ -174,4 +174,4 @@ def test_the_command_deletes_and_says_so(shell: Shell, lab: Lab) -> None:
     assert "already deleted" in shell("rm", "orders@1")
     shell("rm", "orders@2", code=3)
     shell("rm", "orders", code=2)
-    assert shell.json("gc")["reasons"]["young"]["blobs"] == 1
+    assert shell.json("gc")["reasons"]["within grace"]["blobs"] == 1

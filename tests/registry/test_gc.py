@@ -76,7 +76,7 @@ EXPECTED = {
     "replaced": 1,
     "purged": 1,
     "unreadable": 1,
-    "young": 1,
+    "within grace": 1,
 }
 
 
@@ -180,7 +180,7 @@ def test_one_tenant_or_one_adapter_can_be_collected(full: MemoryStore, lab: Lab,
 def test_requests_are_two_listings_and_one_look_per_old_group(full: MemoryStore, lab: Lab) -> None:
     counting = CountingStore(full)
     gc.collect(counting, now_s=NOW.timestamp(), grace_s=DAY_S, workers=1)
-    assert counting.requests == 2 + sum(EXPECTED.values()) - EXPECTED["young"]
+    assert counting.requests == 2 + sum(EXPECTED.values()) - EXPECTED["within grace"]
 
 
 def test_objects_that_are_no_blobs_of_a_push_are_left_alone(lab: Lab, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_the_command_reports_first_and_removes_when_told(tmp_path: Path, lab: La
     made = shell.json("init", "--tenant", "acme")
     shell("push", lab.pulled(0), "orders")
     shell("rm", "orders@1")
-    assert "young" in shell("gc")
+    assert "within grace" in shell("gc")
     import time
 
     time.sleep(1.1)  # a tombstone's time is in whole seconds

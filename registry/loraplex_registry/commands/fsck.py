@@ -87,7 +87,7 @@ def run(session: Session) -> Listing:
         value["findings"],
         _line,
         headings="\n".join(done),
-        last="" if report.findings else _summary(report),
+        last="" if report.findings else "\n".join([*done, _summary(report)]),
         damaged=report.damaged,
     )
 
@@ -104,11 +104,12 @@ def _scope(session: Session) -> tuple[str | None, AdapterRef | None]:
 
 def _summary(report: Report) -> str:
     counts = report.counts
+    unread = counts.get("not_decrypted", 0)
     return (
         f"no damage in {counts.get('adapters', 0)} adapters, {counts.get('versions', 0)} versions, "
         f"{counts.get('tags', 0)} tags, {counts.get('blobs', 0)} blobs "
         f"({counts.get('orphan_blobs', 0)} of them for `registry gc`)"
-    )
+    ) + (f"; {unread} encrypted files were not read, set encryption_key" if unread else "")
 
 
 def _line(finding: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from ..signing import bundle_keyid
 from ..validation.base import BaseModel
 from ..validation.weights import BUNDLE_NAME
 from .options import FIRST_SIGNS_VERSION, REFERENCE_HELP, keys_option
-from .push import base_for, published_lines, published_result
+from .push import base_for, published_lines, published_result, resuming
 from .session import Result, Session
 
 
@@ -89,6 +89,7 @@ def _import_signed(session: Session, place: Path, attest: tuple[dict[str, Any], 
             annotations=dict(pulled.verified.manifest.annotations),
             attest=attest,
             signed=signed,
+            resumables=session.resumables(resuming(session, bar)),
             progress=bar,
         )
     keyid = bundle_keyid(signed.bundle)
@@ -116,7 +117,16 @@ def _import_peft(session: Session, directory: Path, place: Path) -> Result:
         base = base_for(session, directory, bar)
         found = collect(directory, place, base)
         tag = session.arguments.tag
-        done = session.publish(place, ref, signers, base, action="import", tag=tag, progress=bar)
+        done = session.publish(
+            place,
+            ref,
+            signers,
+            base,
+            action="import",
+            tag=tag,
+            resumables=session.resumables(resuming(session, bar)),
+            progress=bar,
+        )
     result = {
         **published_result(done),
         "left": [{"name": name, "reason": why} for name, why in found.left],

@@ -91,7 +91,7 @@ def run(session: Session) -> Result:
             annotations=annotations,
             signed=signed,
             statements=statements,
-            resumables=session.resumables(_resuming(session, bar)),
+            resumables=session.resumables(resuming(session, bar)),
             progress=bar,
         )
     keyid = done.keyid if signed is None else bundle_identity(signed.bundle).keyid
@@ -99,7 +99,7 @@ def run(session: Session) -> Result:
     return result, published_lines(done, ref, verb="pushed", keyid=keyid)
 
 
-def _resuming(session: Session, bar: ProgressBar) -> Callable[[int, int], None]:
+def resuming(session: Session, bar: ProgressBar) -> Callable[[int, int], None]:
     """Return what tells people, beside the output, that an interrupted push is gone on with."""
 
     def told(there: int, parts: int) -> None:

@@ -34,7 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--since", metavar="TIME", help="with --keyid: only what was signed from then on")
     parser.add_argument("--reason", metavar="TEXT", help="why, at most 120 characters; anybody can read it")
     parser.add_argument(
-        "--expires", metavar="TIME", help="how long the list is valid, like 30d; default for ever"
+        "--expires",
+        metavar="TIME",
+        help="how long the list is valid, like 30d, or never; default as long as the list before it",
     )
     parser.add_argument("--key", metavar="FILE", help="the revoker's private key; default the settings'")
     parser.add_argument("--list", metavar="TENANT", help="print a tenant's list")
@@ -109,9 +111,10 @@ def _revokers(session: Session, tenant: str) -> list[TrustedKey]:
 
 def _write(session: Session, tenant: str, entries: list[Revocation]) -> Result:
     registry, arguments = session.registry(), session.arguments
-    lifetime_s = None if arguments.expires is None else seconds(arguments.expires)
-    if arguments.expires is not None and lifetime_s is None:
-        raise InvalidReferenceError('--expires is a time like "12h" or "30d".')
+    for_ever = arguments.expires in (None, "never")
+    lifetime_s = None if for_ever else seconds(arguments.expires)
+    if not for_ever and lifetime_s is None:
+        raise InvalidReferenceError('--expires is a time like "12h" or "30d", or "never".')
     signer = session.signer()
     stored, changed = append(
         session.store(),
@@ -121,6 +124,7 @@ def _write(session: Session, tenant: str, entries: list[Revocation]) -> Result:
         revokers=_revokers(session, tenant),
         now=utc_now(),
         lifetime_s=lifetime_s,
+        keep_lifetime=arguments.expires is None,
         refresh=arguments.refresh is not None,
         marks=session.marks(registry),
         accept=() if arguments.signed_by is None else [TrustedKey(load_public_key(arguments.signed_by))],

@@ -31,6 +31,7 @@ from ..errors import (
     SettingsError,
     StoreUnavailableError,
     UnsupportedAdapterError,
+    what_to_do,
 )
 from ..format.canonical import canonical
 from ..format.manifest import Manifest
@@ -262,12 +263,14 @@ def _temporary_directory(root: Path) -> Iterator[Path]:
     try:
         path, lock = _new_locked_directory(root)
     except OSError as error:
-        raise StoreUnavailableError(f"{root} cannot be written ({error.strerror}).") from error
+        raise StoreUnavailableError(
+            f"{root} cannot be written ({error.strerror}); {what_to_do(error)}."
+        ) from error
     try:
         yield path
     except OSError as error:
         raise StoreUnavailableError(
-            f"{root} failed while an adapter was written ({error.strerror})."
+            f"{root} failed while an adapter was written ({error.strerror}); {what_to_do(error)}."
         ) from error
     finally:
         _remove(path)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import ConflictError, StoreUnavailableError
+from ..errors import ConflictError, StoreUnavailableError, what_to_do
 from ..format.canonical import canonical
 from ..format.manifest import FileEntry, Manifest
 from ..registry import Registry
@@ -104,7 +104,9 @@ def export_layout(
             exported = _write_layout(place / "files", place / "layout", verified)
             os.rename(place / "layout", directory)
     except OSError as error:
-        raise StoreUnavailableError(f"{directory} cannot be written ({error.strerror}).") from error
+        raise StoreUnavailableError(
+            f"{directory} cannot be written ({error.strerror}); {what_to_do(error)}."
+        ) from error
     return exported
 
 

@@ -11,7 +11,7 @@ from .unfinished import ALIVE, UploadVerdict
 GROUPS_SHOWN_MAX: Final = 1000
 """Most groups a report lists one by one; the totals count all."""
 
-KEPT: Final = frozenset({"live", "pushing", "young", "deleted recently", "unreadable", "not a push"})
+KEPT: Final = frozenset({"live", "pushing", "within grace", "deleted recently", "unreadable", "not a push"})
 """Reasons for which blobs are kept; any other reason dooms them."""
 
 

@@ -210,7 +210,7 @@ class _Judge:
         if not group.pid:
             return Verdict(group, "not a push")
         if group.newest_s > self._now_s - self._grace_s:
-            return Verdict(group, "young")
+            return Verdict(group, "within grace")
         return Verdict(group, self.reason(group.ref, group.pid))
 
     def reason(self, ref: AdapterRef, pid: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .. import durable
-from ..errors import SettingsError, SignatureInvalidError
+from ..errors import SettingsError, SignatureInvalidError, what_to_do
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurve
@@ -186,7 +186,7 @@ def write_new(path: Path, body: bytes, *, mode: int) -> None:
             f"{path} exists already; a key is never overwritten, choose another name."
         ) from error
     except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}).") from error
+        raise SettingsError(f"{path} cannot be written ({error.strerror}); {what_to_do(error)}.") from error
 
 
 @functools.lru_cache(maxsize=1024)

@@ -122,7 +122,8 @@ def _file_signer(path: str | Path, passphrase: str | None) -> Signer:
         raise SettingsError(f"Key {path} {word}; see LORAPLEX_KEY_PASSPHRASE_FILE.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingsError(
-            f"Key {path} cannot be read: wrong passphrase or not a PKCS#8 PEM private key."
+            f"Key {path} cannot be read: not a PKCS#8 PEM private key, or another passphrase than "
+            "LORAPLEX_KEY_PASSPHRASE_FILE holds."
         ) from error
     return signer_of(private)
 

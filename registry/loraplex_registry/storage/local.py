@@ -32,6 +32,7 @@ from ..errors import (
     KeyConflictError,
     StoreRefusedError,
     StoreUnavailableError,
+    what_to_do,
 )
 from ..format.manifest import FileEntry
 from ..validation.weights import open_regular
@@ -230,7 +231,7 @@ class LocalStore:
             if error.errno in _REFUSED:
                 raise StoreRefusedError(f"{self.url} refuses access to {key}: {error.strerror}.") from error
             raise StoreUnavailableError(
-                f"{self.url} failed at {key}: {error.strerror}.",
+                f"{self.url} failed at {key} ({error.strerror}); {what_to_do(error)}.",
                 ambiguous=write and error.errno not in _FULL,
             ) from error
 

@@ -132,7 +132,7 @@ def require_writable(store: Store) -> None:
         )
     if _is_bucket(store):
         raise StoreRefusedError(
-            f"{store.url} was never probed for conditional writes; run `registry init` or `registry doctor` once."
+            f"{store.url} was never probed for conditional writes; run `registry doctor` once."
         )
 
 
@@ -158,7 +158,10 @@ def read_marker(store: Store) -> Marker | None:
             )
         return _marker(value, item.etag)
     except StrictJsonError as error:
-        raise DamagedError(f"{layout.FORMAT_KEY} in {store.url} cannot be read: {error}.") from error
+        raise DamagedError(
+            f"{layout.FORMAT_KEY} in {store.url} cannot be read ({error}); remove it and run "
+            "`registry doctor`, which writes it anew."
+        ) from error
 
 
 def write_marker(store: Store, report: ProbeReport, *, now: dt.datetime) -> None:

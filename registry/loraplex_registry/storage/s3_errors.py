@@ -54,6 +54,11 @@ def call(url: str, verb: str, key: str, request: Callable[[], _T]) -> _T:
             f"No complete AWS credentials were found for {url}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY."
         ) from error
+    except sdk.SSLError as error:
+        raise StoreRefusedError(
+            f"{url} cannot be spoken to over TLS; check that endpoint_url says http or https as the server does, and "
+            "that AWS_CA_BUNDLE names the authority of its certificate."
+        ) from error
     except (sdk.ConnectTimeoutError, sdk.EndpointConnectionError) as error:
         raise StoreUnavailableError(
             f"{url} cannot be reached; check the network and endpoint_url."

@@ -110,7 +110,7 @@ def _from_toml(body: bytes, directory: Path) -> TrustPolicy:
     try:
         table = tomllib.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _PolicyError(f"is not TOML ({error}).") from error
+        raise _PolicyError(f"is not TOML ({error}); correct it there.") from error
     _known(table, ("version", "default", "rules"), "the policy")
     if type(table.get("version")) is not int or table["version"] != 1 or table.get("default") != "deny":
         raise _PolicyError('must say version = 1 and default = "deny".')

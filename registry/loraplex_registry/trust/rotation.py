@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import durable
-from ..errors import PolicyRefusedError, SettingsError
+from ..errors import PolicyRefusedError, SettingsError, what_to_do
 from ..signing.keys import PublicKey, load_public_key
 from .policy import Rule, TrustedKey, TrustPolicy
 from .policy_file import POLICY_BYTES_MAX
@@ -88,7 +88,7 @@ def replace_text(path: Path, text: str) -> None:
         mode = path.stat().st_mode & 0o777
         durable.replace(path, text.encode("utf-8"), mode=mode)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}).") from error
+        raise SettingsError(f"{path} cannot be written ({error.strerror}); {what_to_do(error)}.") from error
 
 
 def _edited(
@@ -172,4 +172,6 @@ def _load_text(policy: Path, text: str) -> TrustPolicy:
                 reason = error.message.replace(str(temporary), str(policy))
                 raise PolicyRefusedError(f"With the new key the policy would be refused. {reason}") from error
     except OSError as error:
-        raise SettingsError(f"{policy.parent} cannot be written ({error.strerror}).") from error
+        raise SettingsError(
+            f"{policy.parent} cannot be written ({error.strerror}); {what_to_do(error)}."
+        ) from error
