@@ -34,6 +34,7 @@ from loraplex_client.types import (
     Prompt,
     Sampling,
     Timings,
+    Tls,
     TokenIds,
     Usage,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "ServerFaultError",
     "Stream",
     "Timings",
+    "Tls",
     "TokenIds",
     "UnauthenticatedError",
     "UnavailableError",

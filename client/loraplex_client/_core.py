@@ -1,6 +1,7 @@
 """What the sync and the async client share: building requests, reading replies, naming errors. No I/O."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from loraplex_client.types import (
     Prompt,
     Sampling,
     Timings,
+    Tls,
     TokenIds,
     Usage,
 )
@@ -68,6 +70,19 @@ def call_metadata(settings: ConnectionSettings) -> tuple[tuple[str, str], ...]:
     if settings.api_key is not None:
         pairs["authorization"] = f"Bearer {settings.api_key}"
     return tuple(pairs.items())
+
+
+def channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
+    """Read the files of an encrypted connection.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+
+    def pem(name: str) -> bytes | None:
+        return Path(name).read_bytes() if name else None
+
+    return grpc.ssl_channel_credentials(pem(tls.ca), pem(tls.key), pem(tls.certificate))
 
 
 def generate_request(

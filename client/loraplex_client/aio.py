@@ -22,6 +22,7 @@ from loraplex_client.types import (
     LoadProgress,
     Prompt,
     Sampling,
+    Tls,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc, generation_pb2_grpc
@@ -69,10 +70,19 @@ class AsyncStream:
 class AsyncClient:
     """See `client.Client`."""
 
-    def __init__(self, target: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
-        """Args as in `ConnectionSettings`; nothing is sent before the first call."""
-        self._settings = ConnectionSettings(target=target, api_key=api_key, timeout_s=timeout_s)
-        self._channel = grpc.aio.insecure_channel(target)
+    def __init__(
+        self, target: str, *, api_key: str | None = None, timeout_s: float = 120.0, tls: Tls | None = None
+    ) -> None:
+        """Args as in `ConnectionSettings`; nothing is sent before the first call.
+
+        Raises:
+            OSError: a file of `tls` cannot be read.
+        """
+        self._settings = ConnectionSettings(target=target, api_key=api_key, timeout_s=timeout_s, tls=tls)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target)
+        else:
+            self._channel = grpc.aio.secure_channel(target, _core.channel_credentials(tls))
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)
 

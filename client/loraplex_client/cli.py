@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 
 from loraplex_client.client import Client
 from loraplex_client.errors import LoraplexError
-from loraplex_client.types import ChatMessage, Prompt, Sampling
+from loraplex_client.types import ChatMessage, Prompt, Sampling, Tls
 
 GROUP = "loraplex.commands"
 SUMMARIES = {
@@ -78,7 +78,7 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     prompt: Prompt = options.prompt if options.raw else (ChatMessage("user", options.prompt),)
     sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
     try:
-        with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY")) as client:
+        with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY"), tls=_tls(options)) as client:
             stream = client.stream(
                 prompt, adapter=options.adapter, sampling=sampling, timeout_s=options.timeout
             )
@@ -89,9 +89,18 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     except LoraplexError as error:
         print(f"loraplex generate: {error}" + (f" [{error.code}]" if error.code else ""), file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"loraplex generate: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _tls(options: argparse.Namespace) -> Tls | None:
+    if not (options.tls or options.ca or options.cert or options.key):
+        return None
+    return Tls(ca=options.ca, certificate=options.cert, key=options.key)
 
 
 def _generate_parser() -> argparse.ArgumentParser:
@@ -104,6 +113,10 @@ def _generate_parser() -> argparse.ArgumentParser:
         "--adapter", default="", help="tenant/adapter[@tag]; without it the base model answers"
     )
     parser.add_argument("--server", default=os.environ.get("LORAPLEX_SERVER", "127.0.0.1:8470"))
+    parser.add_argument("--tls", action="store_true", help="encrypt the connection; the others imply it")
+    parser.add_argument("--ca", metavar="FILE", default="", help="believe these issuers (PEM)")
+    parser.add_argument("--cert", metavar="FILE", default="", help="the client's own certificate (PEM)")
+    parser.add_argument("--key", metavar="FILE", default="", help="its private key (PEM)")
     parser.add_argument("--raw", action="store_true", help="send the prompt as it is, without chat template")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, help="0 is greedy")

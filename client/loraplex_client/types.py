@@ -127,6 +127,20 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Encryption of the connection; every file is PEM.
+
+    Attributes:
+        ca: certificates of the issuers believed; "" for those of gRPC, which are the public web's.
+        certificate, key: the client's own, where the server asks for one; both or none.
+    """
+
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
     """How to reach a server.
 
@@ -134,10 +148,12 @@ class ConnectionSettings:
         target: "host:port".
         api_key: sent with every call; None where the server asks for none. Never shown in repr.
         timeout_s: for calls that name none of their own.
+        tls: how the connection is encrypted; None for not at all.
         metadata: more metadata to send with every call.
     """
 
     target: str
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 120.0
+    tls: Tls | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -168,7 +168,7 @@ def prepare(stack: contextlib.ExitStack, *, base: Path, s3: bool) -> Demo:
 
 def make_keys(demo: Demo) -> None:
     """One signing key per tenant, trusted for that tenant alone; one API key per tenant."""
-    from loraplex_server.auth import make_key
+    from loraplex_server.identity.api_keys import make_key
 
     rules, entries = ['version = 1\ndefault = "deny"\n'], []
     for tenant in TENANTS:

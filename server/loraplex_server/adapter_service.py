@@ -6,9 +6,9 @@ from typing import Any
 
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc
-from loraplex_server.auth import Action, Principal, may, may_see
-from loraplex_server.errors import ForbiddenError, InvalidRequestError
+from loraplex_server.errors import InvalidRequestError
 from loraplex_server.gate import Gate
+from loraplex_server.identity.principals import may_see
 from loraplex_server.interceptors import current_call
 from loraplex_server.requests import parse_ref
 from loraplex_server.residency import AdapterStatus, State
@@ -42,7 +42,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.ListAdaptersRequest, _context: Any
     ) -> apb.ListAdaptersResponse:
         """The caller's adapters that are on this server."""
-        principal = _allowed(Action.READ)
+        principal = current_call().principal
         if request.page_size > PAGE_MAX:
             raise InvalidRequestError("page_size", f"must be at most {PAGE_MAX}")
         residency = self._gate.backend.residency
@@ -63,7 +63,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.GetAdapterRequest, _context: Any
     ) -> apb.GetAdapterResponse:
         """One adapter, resident or not."""
-        version = await self._resolve(request.adapter, Action.READ)
+        version = await self._resolve(request.adapter)
         status = self._gate.backend.residency.status(version.digest)
         return apb.GetAdapterResponse(adapter=_adapter(status) if status else _absent(version))
 
@@ -80,7 +80,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def work() -> AdapterStatus:
             try:
-                version = await self._resolve(request.adapter, Action.GENERATE, report)
+                version = await self._resolve(request.adapter, report)
                 async with self._gate.backend.residency.lease(version, report):
                     status = self._gate.backend.residency.status(version.digest)
                     assert status is not None
@@ -113,7 +113,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.UnloadAdapterRequest, _context: Any
     ) -> apb.UnloadAdapterResponse:
         """Free an adapter's slot once its requests have ended."""
-        version = await self._resolve(request.adapter, Action.MANAGE)
+        version = await self._resolve(request.adapter)
         was_resident = await self._gate.backend.residency.unload(version.digest)
         return apb.UnloadAdapterResponse(was_resident=was_resident)
 
@@ -121,27 +121,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.PinAdapterRequest, _context: Any
     ) -> apb.PinAdapterResponse:
         """Bring an adapter in and keep it."""
-        version = await self._resolve(request.adapter, Action.MANAGE)
+        version = await self._resolve(request.adapter)
         return apb.PinAdapterResponse(adapter=_adapter(await self._gate.backend.residency.pin(version)))
 
     async def UnpinAdapter(  # noqa: N802
         self, request: apb.UnpinAdapterRequest, _context: Any
     ) -> apb.UnpinAdapterResponse:
         """Make an adapter evictable again."""
-        version = await self._resolve(request.adapter, Action.MANAGE)
+        version = await self._resolve(request.adapter)
         status = await self._gate.backend.residency.unpin(version.digest)
         return apb.UnpinAdapterResponse(adapter=_adapter(status) if status else _absent(version))
 
-    async def _resolve(self, text: str, action: Action, progress: Progress | None = None) -> AdapterVersion:
-        principal = _allowed(action)
-        return await self._gate.resolve(parse_ref(text), principal, progress)
-
-
-def _allowed(action: Action) -> Principal:
-    principal = current_call().principal
-    if not may(principal, action):
-        raise ForbiddenError(f"a {principal.role} key may not {action} adapters")
-    return principal
+    async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
+        return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
 
 
 def _offer(events: asyncio.Queue[Any], event: tuple[str, int, int] | None) -> None:

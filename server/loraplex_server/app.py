@@ -33,16 +33,17 @@ from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.weights import Limits
 from loraplex_server.adapter_service import AdapterService
 from loraplex_server.admission import Admission
-from loraplex_server.auth import Authenticator
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
 from loraplex_server.gate import Backend, Gate
 from loraplex_server.generation_service import GenerationService
+from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.residency import Residency
+from loraplex_server.tls import server_credentials
 from loraplex_server.versions import Versions
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ SERVICES = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
 ENGINE_CHECK_INTERVAL_S = 1.0
+CREDENTIALS_CHECK_INTERVAL_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -72,6 +74,7 @@ class App:
         self._grpc: Any = None
         self._page: MetricsPage | None = None
         self._versions: Versions | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.port = 0
         self.metrics_port = 0
 
@@ -82,17 +85,14 @@ class App:
             ConfigError: a setting, the keys file or the trust policy is wrong.
             EngineUnavailableError: the engine did not come up.
         """
-        authenticator = (
-            Authenticator.from_file(Path(self._config.auth.keys))
-            if self._config.auth.keys
-            else Authenticator(None)
-        )
+        authenticator = Authenticator.from_settings(self._config.auth)
         policy = self._load_policy()
         cache = self._open_cache()
         host, port = split_address(self._config.server.metrics_listen)
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
+        self._watching = asyncio.create_task(_refresh(authenticator), name="watch credentials")
         await self._engine.start()
         self._gate.open(self._backend(policy, cache))
         await self._set_health(_SERVING)
@@ -109,6 +109,8 @@ class App:
         if self._grpc is not None:
             await self._grpc.stop(drain_s)
         self._gate.close()
+        if self._watching is not None:
+            self._watching.cancel()
         if self._residency is not None:
             await self._residency.close()
         await self._engine.close()
@@ -172,7 +174,10 @@ class App:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
         try:
-            self.port = self._grpc.add_insecure_port(server.listen)
+            if self._config.tls.certificate:
+                self.port = self._grpc.add_secure_port(server.listen, server_credentials(self._config.tls))
+            else:
+                self.port = self._grpc.add_insecure_port(server.listen)
         except RuntimeError as error:
             raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
         await self._grpc.start()
@@ -241,6 +246,13 @@ class App:
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+async def _refresh(authenticator: Authenticator) -> None:
+    """Take over changed files of credentials, for as long as the server runs."""
+    while True:
+        await asyncio.sleep(CREDENTIALS_CHECK_INTERVAL_S)
+        await asyncio.to_thread(authenticator.refresh)
 
 
 class _NoSource:

@@ -39,6 +39,7 @@ class ServerSettings:
     default_deadline_s: float = 300.0  # for calls that bring none
     drain_s: float = 20.0  # given to running calls after SIGTERM
     message_mib_max: int = 4  # one gRPC message
+    plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,24 @@ class RegistrySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AuthSettings:
-    """Who may call. `keys` names a file of hashed API keys; without it only loopback may be listened on."""
+    """Who may call. Without `keys` and `jwks` only loopback may be listened on. The files may change while serving."""
 
-    keys: str = ""
+    keys: str = ""  # file of hashed API keys, and of names in client certificates
+    jwks: str = ""  # key set (JWKS) of the issuer of tokens (JWT)
+    issuer: str = ""  # what tokens must say in iss
+    audience: str = ""  # and in aud
+    tenant_claim: str = "tenant"  # the claim that holds a token's tenant
+    role_claim: str = "role"  # and its role, tenant or admin; absent: tenant
+    leeway_s: float = 30.0  # by which clocks may differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsSettings:
+    """Encryption of the gRPC port. The files may be renewed while serving."""
+
+    certificate: str = ""  # PEM, the server's certificate and its issuers
+    key: str = ""  # PEM, its private key
+    client_ca: str = ""  # PEM; set: every client must bring a certificate of these issuers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +132,7 @@ class Config:
     adapters: AdapterSettings = field(default_factory=AdapterSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
 
     @property
@@ -240,6 +257,7 @@ def _check(config: Config, origin: Path) -> None:
         ("registry.tag_ttl_s", config.registry.tag_ttl_s, 0, 3600),
         ("registry.stale_s_max", config.registry.stale_s_max, 0, 7 * 86_400),
         ("registry.revocations_ttl_s", config.registry.revocations_ttl_s, 0, 86_400),
+        ("auth.leeway_s", config.auth.leeway_s, 0, 300),
         ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
         ("server.drain_s", config.server.drain_s, 0, 3600),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
@@ -260,10 +278,33 @@ def _check(config: Config, origin: Path) -> None:
         ("server.metrics_listen", config.server.metrics_listen),
     ):
         host, _ = split_address(address, key=key, origin=origin)
-        if key == "server.listen" and not config.auth.keys and not _is_loopback(host):
-            raise ConfigError(
-                f"{origin}: {key} = {address!r} is open to other machines: set auth.keys, or listen on 127.0.0.1"
-            )
+        if key == "server.listen" and not _is_loopback(host):
+            _check_open(config, f"{origin}: {key} = {address!r} is open to other machines")
+    _check_identity(config, origin)
+
+
+def _check_open(config: Config, what: str) -> None:
+    """Refuse what must not be reachable from elsewhere: a server without credentials, or with readable ones."""
+    if not config.auth.keys and not config.auth.jwks:
+        raise ConfigError(f"{what}: set auth.keys or auth.jwks, or listen on 127.0.0.1")
+    if not config.tls.certificate and not config.server.plaintext:
+        raise ConfigError(
+            f"{what}: set tls.certificate and tls.key, or server.plaintext = true behind a proxy that ends TLS"
+        )
+
+
+def _check_identity(config: Config, origin: Path) -> None:
+    auth, tls = config.auth, config.tls
+    if auth.jwks and not (auth.issuer and auth.audience):
+        raise ConfigError(f"{origin}: auth.issuer and auth.audience are required with auth.jwks")
+    if not auth.jwks and (auth.issuer or auth.audience):
+        raise ConfigError(f"{origin}: auth.issuer and auth.audience belong to auth.jwks, which is not set")
+    if bool(tls.certificate) != bool(tls.key):
+        raise ConfigError(f"{origin}: tls.certificate and tls.key are set together")
+    if tls.client_ca and not tls.certificate:
+        raise ConfigError(f"{origin}: tls.client_ca needs tls.certificate and tls.key")
+    if tls.client_ca and not (auth.keys or auth.jwks):
+        raise ConfigError(f"{origin}: tls.client_ca names nobody: set auth.keys, with [[certificates]] in it")
 
 
 def split_address(address: str, *, key: str = "address", origin: Path = Path("settings")) -> tuple[str, int]:
@@ -299,7 +340,12 @@ def _anchored(config: Config, folder: Path) -> Config:
         config,
         model=replace(model, name=model.name or Path(config.model.path).name),
         registry=_anchored_registry(config.registry, folder, anchor),
-        auth=replace(config.auth, keys=anchor(config.auth.keys)),
+        auth=replace(config.auth, keys=anchor(config.auth.keys), jwks=anchor(config.auth.jwks)),
+        tls=TlsSettings(
+            certificate=anchor(config.tls.certificate),
+            key=anchor(config.tls.key),
+            client_ca=anchor(config.tls.client_ca),
+        ),
         adapters=replace(config.adapters, cache_dir=anchor(config.adapters.cache_dir)),
     )
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from loraplex_registry.errors import AdapterNotFoundError
 from loraplex_registry.refs import AdapterRef
 from loraplex_server.admission import Admission
-from loraplex_server.auth import Principal, may_see
 from loraplex_server.engine import Engine
 from loraplex_server.errors import EngineUnavailableError, NotFoundError
+from loraplex_server.identity.principals import Principal, may_see
 from loraplex_server.residency import Residency
 from loraplex_server.versions import AdapterVersion, Progress, Versions
 

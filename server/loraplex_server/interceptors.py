@@ -1,8 +1,8 @@
 """What every call passes before and after its method: identity, deadline, errors, one line in the access log.
 
-Promises: a method runs only with a checked principal; every call has a deadline; whatever a method raises
-becomes a status with `google.rpc.ErrorInfo` (unknown methods and undecodable messages too); an error of ours
-shows the caller an id, and the log the rest. Health and reflection are open to everybody.
+Promises: a method runs only with a checked principal that has the right to call it; every call has a deadline;
+whatever a method raises becomes a status with `google.rpc.ErrorInfo` (unknown methods and undecodable messages too); an
+error of ours shows the caller an id, and the log the rest. Health and reflection are open to everybody.
 """
 
 import asyncio
@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import grpc
 
-from loraplex_server.auth import Authenticator, Principal
-from loraplex_server.errors import InvalidRequestError
+from loraplex_server.errors import ForbiddenError, InvalidRequestError
+from loraplex_server.identity.authenticator import Authenticator
+from loraplex_server.identity.principals import RIGHTS, Principal, may_call
 from loraplex_server.metrics import Metrics
 from loraplex_server.status import Failure, failure, failure_of
 
@@ -97,9 +98,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             who, reason = "-", "OK"
             try:
                 principal = self._authenticator.principal(
-                    authorization if isinstance(authorization, str) else None
+                    authorization if isinstance(authorization, str) else None, context.auth_context()
                 )
                 who = f"{principal.tenant}/{principal.name}"
+                if not may_call(principal, method):
+                    raise ForbiddenError(
+                        f"a {principal.role} may not {RIGHTS.get(method, 'do this')} adapters"
+                    )
                 if isinstance(request, _Undecodable):
                     raise InvalidRequestError("message", f"cannot be decoded as the request of {method}")
                 deadline = asyncio.get_running_loop().time() + self._budget(context)

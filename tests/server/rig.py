@@ -9,7 +9,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import CollectorRegistry
 
-from loraplex_client import AsyncClient, Sampling
+from loraplex_client import AsyncClient, Sampling, Tls
 from loraplex_server.app import App
 from loraplex_server.config import parse_config
 from loraplex_server.metrics import OUTCOMES, Metrics
@@ -26,8 +26,11 @@ class Rig:
         self.shop, self.app, self.engine, self.counts = shop, app, engine, counts
 
     @asynccontextmanager
-    async def client(self, api_key: str | None = None) -> AsyncIterator[AsyncClient]:
-        async with AsyncClient(f"127.0.0.1:{self.app.port}", api_key=api_key, timeout_s=20) as client:
+    async def client(
+        self, api_key: str | None = None, *, tls: Tls | None = None, host: str = "127.0.0.1"
+    ) -> AsyncIterator[AsyncClient]:
+        target = f"{host}:{self.app.port}"
+        async with AsyncClient(target, api_key=api_key, timeout_s=20, tls=tls) as client:
             yield client
 
     def outcomes(self) -> dict[str, float]:
@@ -48,6 +51,7 @@ async def running(
         "server": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **sections.get("server", {})},
         "adapters": {"slots": 2, "cache_dir": "cache", **sections.get("adapters", {})},
         "limits": sections.get("limits", {}),
+        "tls": sections.get("tls", {}),
     }
     if registry:
         document["registry"] = {"url": shop.url, "policy": "policy.toml", "tag_ttl_s": 0}

@@ -1,6 +1,7 @@
 """Settings: every mistake names its key and the file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,8 +86,29 @@ def test_the_storage_is_spoken_to_as_the_settings_say(tmp_path: Path) -> None:
 
 
 def test_open_addresses_are_allowed_with_keys(tmp_path: Path) -> None:
-    document = {"model": {"path": "m"}, "server": {"listen": "0.0.0.0:1"}, "auth": {"keys": "k"}}
-    assert parse_config(document, origin=tmp_path / "s.toml").server.listen == "0.0.0.0:1"
+    open_to_all = {"model": {"path": "m"}, "server": {"listen": "0.0.0.0:1"}, "auth": {"keys": "k"}}
+    with pytest.raises(ConfigError, match=r"tls\.certificate"):
+        parse_config(open_to_all, origin=tmp_path / "s.toml")
+    for more in (
+        {"tls": {"certificate": "c", "key": "k"}},
+        {"server": {"listen": "0.0.0.0:1", "plaintext": True}},
+    ):
+        assert parse_config({**open_to_all, **more}, origin=tmp_path / "s.toml").server.listen == "0.0.0.0:1"
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"auth": {"jwks": "j"}}, "auth.issuer"),
+        ({"auth": {"issuer": "i"}}, "auth.jwks"),
+        ({"tls": {"certificate": "c"}}, "tls.key"),
+        ({"tls": {"client_ca": "c"}, "auth": {"keys": "k"}}, "tls.certificate"),
+        ({"tls": {"certificate": "c", "key": "k", "client_ca": "c"}}, "names nobody"),
+    ],
+)
+def test_half_an_identity_refuses_to_start(sections: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse_config({"model": {"path": "m"}, **sections}, origin=tmp_path / "s.toml")
 
 
 @pytest.mark.parametrize("address", ["", "8470", ":8470", "host:", "host:70000", "host:-1", "host:٣"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import message_factory
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex_client import (
@@ -28,8 +29,9 @@ from loraplex_client import (
 )
 from loraplex_protos.v1 import adapters_pb2, generation_pb2
 from loraplex_server.app import SERVICES
-from loraplex_server.auth import make_key
 from loraplex_server.errors import ConfigError
+from loraplex_server.identity.api_keys import make_key
+from loraplex_server.identity.principals import RIGHTS, Action
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, reason_of, running, until
 from tests.sim.engine import answer
@@ -129,6 +131,76 @@ async def test_calls_without_a_known_key_are_refused(shop: Shop) -> None:
                 assert await client.is_ready()
 
 
+EXPECTED_OF = {
+    # caller -> what a method that needs this right answers about acme/orders, about acme/absent
+    "nobody": dict.fromkeys(Action, ("UNAUTHENTICATED", "UNAUTHENTICATED")),
+    "tenant": {
+        Action.GENERATE: ("OK", "NOT_FOUND"),
+        Action.READ: ("OK", "NOT_FOUND"),
+        Action.MANAGE: ("PERMISSION_DENIED", "PERMISSION_DENIED"),
+    },
+    "other tenant": {
+        Action.GENERATE: ("NOT_FOUND", "NOT_FOUND"),
+        Action.READ: ("NOT_FOUND", "NOT_FOUND"),
+        Action.MANAGE: ("PERMISSION_DENIED", "PERMISSION_DENIED"),
+    },
+    "admin": dict.fromkeys(Action, ("OK", "NOT_FOUND")),
+}
+
+
+@pytest.mark.parametrize("method", sorted(RIGHTS))
+async def test_every_method_answers_every_kind_of_caller_as_the_table_says(method: str, shop: Shop) -> None:
+    """Every RPC x role x own, other, none; a method whose request names no adapter shows a tenant nothing of others."""
+    shop.publish("acme/orders")
+    made = {
+        "tenant": make_key("app", "acme"),
+        "other tenant": make_key("rival", "globex"),
+        "admin": make_key("ops", "platform", admin=True),
+    }
+    credentials: dict[str, str | None] = {"nobody": None} | {who: key for who, (key, _) in made.items()}
+    _, service, name = method.split("/")
+    described = next(
+        file.services_by_name[service.rpartition(".")[2]].methods_by_name[name]
+        for file in (adapters_pb2.DESCRIPTOR, generation_pb2.DESCRIPTOR)
+        if service.rpartition(".")[2] in file.services_by_name
+    )
+    request_type = message_factory.GetMessageClass(described.input_type)
+    reply_type = message_factory.GetMessageClass(described.output_type)
+    async with (
+        running(shop, keys="".join(entry for _, entry in made.values())) as rig,
+        grpc.aio.insecure_channel(f"127.0.0.1:{rig.app.port}") as channel,
+    ):
+        stream = channel.unary_stream if described.server_streaming else channel.unary_unary
+        call = stream(method, request_type.SerializeToString, reply_type.FromString)
+        texts = set()
+        for who, key in credentials.items():
+            for number, adapter in enumerate(("acme/orders", "acme/absent")):
+                request = request_type()
+                names_one = "adapter" in described.input_type.fields_by_name
+                if names_one:
+                    request.adapter = adapter
+                if name == "Generate":
+                    request.text, request.sampling.max_tokens = "x", 1
+                metadata = None if key is None else (("authorization", f"Bearer {key}"),)
+                status, text = "OK", ""
+                try:
+                    answer = call(request, metadata=metadata, timeout=10)
+                    replies = (
+                        [each async for each in answer] if described.server_streaming else [await answer]
+                    )
+                    if not names_one and who == "other tenant":
+                        assert "acme" not in str(replies)
+                except grpc.RpcError as failed:
+                    status, text = failed.code().name, str(failed.details())  # type: ignore[attr-defined]
+                expected = EXPECTED_OF[who][RIGHTS[method]][number]
+                if not names_one and expected == "NOT_FOUND":
+                    expected = "OK"
+                assert (who, adapter, status) == (who, adapter, expected)
+                if status == "NOT_FOUND":
+                    texts.add(text.replace(adapter, "NAME"))
+        assert len(texts) <= 1  # absent and forbidden are told in the same words
+
+
 async def test_only_admins_unload_and_pin(shop: Shop) -> None:
     shop.publish("acme/orders")
     tenant_key, tenant_entry = make_key("app", "acme")
@@ -136,7 +208,7 @@ async def test_only_admins_unload_and_pin(shop: Shop) -> None:
     async with running(shop, keys=tenant_entry + admin_entry) as rig:
         async with rig.client(tenant_key) as client:
             for call in (client.pin_adapter, client.unpin_adapter, client.unload_adapter):
-                with pytest.raises(PermissionDeniedError, match="tenant key may not manage"):
+                with pytest.raises(PermissionDeniedError, match="tenant may not manage"):
                     await call("acme/orders")
         async with rig.client(admin_key) as client:
             assert (await client.pin_adapter("acme/orders")).pinned

@@ -48,11 +48,12 @@ PIECE_BYTES: Final = 1 << 20
 class DataKey:
     """The key of one push. Made by `new_data_key` and `open_data_key`; safe to use from many threads."""
 
-    __slots__ = ("_encryption", "_key", "_keyset", "context")
+    __slots__ = ("_encryption", "_key", "_keyset", "_tink", "context")
 
     def __init__(self, keyset: bytes, encryption: Encryption, context: KeyContext) -> None:
         self._key = key_value(keyset, Kind.STREAMING)
         self._keyset = keyset
+        self._tink: Any = None  # made when something is encrypted; reading does without
         self._encryption = encryption
         self.context = context
 
@@ -126,8 +127,8 @@ class DataKey:
     def _encrypt(self, source: BinaryIO, file: FileEntry, sink: _Sink) -> None:
         """Encrypt `source` to its end into `sink`, checking that it is the file described."""
         digest, size = hashlib.sha256(), 0
-        tink = primitive(self._keyset, Kind.STREAMING)
-        with tink.new_encrypting_stream(sink, self.context.of_file(file)) as stream:
+        self._tink = self._tink or primitive(self._keyset, Kind.STREAMING)
+        with self._tink.new_encrypting_stream(sink, self.context.of_file(file)) as stream:
             while chunk := source.read(PIECE_BYTES):
                 size += len(chunk)
                 digest.update(chunk)

@@ -1,0 +1,1 @@
+"""Who calls: credentials, principals, and the one table of what each kind of caller may do."""
