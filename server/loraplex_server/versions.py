@@ -1,10 +1,11 @@
 """From a name to a verified digest, and from a verified digest to bytes on disk.
 
 Promises: what `resolve` returns carries a signature that the trust policy accepts for exactly that tenant,
-adapter, version and base model; a tag is asked for again after `tag_ttl_s`; while the store is down, names
-resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving. Failures are never
-remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read them; on disk they
-stay in a cache that other servers share. The registry library is synchronous: its calls run on threads.
+adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time;
+while the store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
+Failures are never remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read
+them; on disk they stay in a cache that other servers share. The registry library is synchronous: its calls run on
+threads.
 """
 
 import asyncio
@@ -92,6 +93,7 @@ class Versions:
         self._clock = clock
         self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
         self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
+        self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
         self._known: OrderedDict[str, tuple[float, AdapterVersion]] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
@@ -106,9 +108,20 @@ class Versions:
         known = self._known.get(key)
         if known and self._clock() - known[0] < self._tag_ttl_s:
             return known[1]
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = asyncio.create_task(self._ask(key, ref, progress or _silent), name=f"resolve {key}")
+            self._flights[key] = flight
+            flight.add_done_callback(partial(self._landed, key))
+        elif progress is not None:
+            progress("resolve", 0, 0)
+        return await asyncio.shield(flight)  # a caller that leaves takes nobody's answer away
+
+    async def _ask(self, key: str, ref: AdapterRef, progress: Progress) -> AdapterVersion:
         try:
-            version = await asyncio.to_thread(self._resolve, ref, progress or _silent)
+            version = await asyncio.to_thread(self._resolve, ref, progress)
         except StoreUnavailableError:
+            known = self._known.get(key)
             if known and self._clock() - known[0] < self._stale_s_max:
                 return known[1]
             raise
@@ -117,6 +130,11 @@ class Versions:
             raise
         self._remember(key, version)
         return version
+
+    def _landed(self, key: str, flight: "asyncio.Task[AdapterVersion]") -> None:
+        self._flights.pop(key, None)
+        if not flight.cancelled():
+            flight.exception()  # every caller may have left; then nobody else asks for it
 
     def _resolve(self, ref: AdapterRef, progress: Progress) -> AdapterVersion:
         progress("resolve", 0, 0)

@@ -110,9 +110,7 @@ async def test_a_renewed_certificate_is_shown_to_the_next_connection(shop: Shop)
         await client.generate("x", sampling=FOUR)
         before = presented(rig)
         renewed = server_leaf(authority)
-        new = [
-            path.rename(path.with_suffix(".new" + path.suffix)) for path in renewed.write(shop.root, "n")
-        ]
+        new = [path.rename(path.with_suffix(".new" + path.suffix)) for path in renewed.write(shop.root, "n")]
         os.replace(new[0], tls["certificate"])  # half of the renewal: the pair does not match
         assert presented(rig) == before
         os.replace(new[1], tls["key"])

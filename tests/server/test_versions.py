@@ -77,6 +77,46 @@ def silent(phase: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
+class AskedRegistry(Registry):
+    """A registry whose answers to names wait until they may go."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(open_store(url))
+        self.may_go_on = threading.Event()
+        self.asked = 0
+
+    def resolve(self, *arguments: Any, **options: Any) -> Any:
+        self.asked += 1
+        assert self.may_go_on.wait(10)
+        return super().resolve(*arguments, **options)
+
+
+async def test_callers_of_one_name_at_one_time_ask_once_and_one_that_leaves_harms_nobody(shop: Shop) -> None:
+    published = shop.publish("acme/orders", tag="prod")
+    registry = AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry)
+    callers = [asyncio.create_task(versions.resolve(ORDERS)) for _ in range(32)]
+    await until(lambda: registry.asked == 1)
+    callers[0].cancel()
+    registry.may_go_on.set()
+    found = await asyncio.gather(*callers, return_exceptions=True)
+    assert isinstance(found[0], asyncio.CancelledError)
+    assert {version.digest for version in found[1:]} == {published.digest}  # type: ignore[union-attr]
+    assert registry.asked == 1
+
+
+async def test_a_failure_reaches_every_caller_and_is_not_remembered(shop: Shop) -> None:
+    registry = AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry)
+    callers = [asyncio.create_task(versions.resolve(ORDERS)) for _ in range(3)]
+    await until(lambda: registry.asked == 1)
+    registry.may_go_on.set()
+    found = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(error) for error in found] == [AdapterNotFoundError] * 3
+    shop.publish("acme/orders", tag="prod")
+    assert (await versions.resolve(ORDERS)).adapter == "orders"
+
+
 async def test_a_tag_is_asked_for_again_after_its_time(shop: Shop) -> None:
     clock = Clock()
     versions = make_versions(shop, clock=clock)
