@@ -32,7 +32,6 @@ from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.weights import Limits
 from loraplex_server.adapter_service import AdapterService
-from loraplex_server.admission import Admission
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
@@ -43,6 +42,9 @@ from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.residency import Residency
+from loraplex_server.scheduling.fair_queue import FairQueue
+from loraplex_server.scheduling.quotas import Quota, Quotas
+from loraplex_server.scheduling.scheduler import Scheduler
 from loraplex_server.tls import server_credentials
 from loraplex_server.versions import Versions
 
@@ -222,13 +224,37 @@ class App:
             engine=self._engine,
             versions=self._versions,
             residency=self._residency,
-            admission=Admission(
-                requests_max=config.limits.requests_max,
-                tenant_requests_max=config.limits.tenant_requests_max,
-            ),
+            scheduler=self._scheduler(),
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
         )
+
+    def _scheduler(self) -> Scheduler:
+        config, clock = self._config, time.monotonic
+
+        def quota_of(tenant: str) -> Quota:
+            found = config.tenant(tenant)
+            return Quota(
+                requests_max=found.requests_max,
+                requests_per_s=found.requests_per_s,
+                tokens_per_minute=found.tokens_per_minute,
+            )
+
+        scheduler = Scheduler(
+            places=config.model.batch_requests + max(2, config.model.batch_requests // 4),
+            requests_max=config.limits.requests_max,
+            queue=FairQueue(
+                weight_of=lambda tenant: config.tenant(tenant).weight,
+                running_max_of=lambda tenant: config.tenant(tenant).running_max or 1 << 30,
+            ),
+            quotas=Quotas(quota_of, clock=clock),
+            events=self._metrics,
+            resident=lambda: self.residency.resident,
+            clock=clock,
+        )
+        self._metrics.waiting.set_function(lambda: scheduler.waiting)
+        self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
+        return scheduler
 
     def _registry(self) -> Registry:
         settings = self._config.registry

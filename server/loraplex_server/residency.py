@@ -128,6 +128,12 @@ class Residency:
         return sum(entry.adapter is not None for entry in self._entries.values())
 
     @property
+    def resident(self) -> frozenset[str]:
+        """Digests of the adapters in the engine, those just being loaded included."""
+        there = (State.LOADING, State.RESIDENT)
+        return frozenset(digest for digest, entry in self._entries.items() if entry.state in there)
+
+    @property
     def pins(self) -> int:
         """Adapters that cannot be evicted because somebody pinned them."""
         return sum(entry.pinned for entry in self._entries.values())
