@@ -41,6 +41,7 @@ from loraplex_server.generation_service import GenerationService
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
@@ -76,7 +77,7 @@ class App:
         self._grpc: Any = None
         self._page: MetricsPage | None = None
         self._versions: Versions | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self.port = 0
         self.metrics_port = 0
 
@@ -94,9 +95,13 @@ class App:
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
-        self._watching = asyncio.create_task(_refresh(authenticator), name="watch credentials")
+        self._watching.append(asyncio.create_task(_refresh(authenticator), name="watch credentials"))
         await self._engine.start()
         self._gate.open(self._backend(policy, cache))
+        if self._versions is not None:
+            interval_s = self._config.registry.revocations_ttl_s
+            work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
+            self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
         await self._set_health(_SERVING)
 
     async def wait(self) -> None:
@@ -111,8 +116,8 @@ class App:
         if self._grpc is not None:
             await self._grpc.stop(drain_s)
         self._gate.close()
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         if self._residency is not None:
             await self._residency.close()
         await self._engine.close()

@@ -54,7 +54,12 @@ async def running(
         "tls": sections.get("tls", {}),
     }
     if registry:
-        document["registry"] = {"url": shop.url, "policy": "policy.toml", "tag_ttl_s": 0}
+        document["registry"] = {
+            "url": shop.url,
+            "policy": "policy.toml",
+            "tag_ttl_s": 0,
+            **sections.get("registry_section", {}),
+        }
     if keys:
         (shop.root / "keys.toml").write_text(keys)
         document["auth"] = {"keys": "keys.toml"}
