@@ -59,6 +59,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         account.tenant,
                         adapter=version.digest if version else "",
                         prompt_tokens=len(prompt_ids),
+                        priority=wanted.priority,
                     ) as turn,
                     self._lease(version, account) as lease,
                 ):
