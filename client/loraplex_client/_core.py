@@ -86,7 +86,12 @@ def channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
 
 
 def generate_request(
-    prompt: Prompt | Iterable[ChatMessage], *, adapter: str, sampling: Sampling, request_id: str
+    prompt: Prompt | Iterable[ChatMessage],
+    *,
+    adapter: str,
+    sampling: Sampling,
+    request_id: str,
+    priority: int = 0,
 ) -> gpb.GenerateRequest:
     """Build the wire request.
 
@@ -94,7 +99,7 @@ def generate_request(
         InvalidRequestError: a value that does not even fit its wire type.
     """
     try:
-        request = gpb.GenerateRequest(adapter=adapter, request_id=request_id)
+        request = gpb.GenerateRequest(adapter=adapter, request_id=request_id, priority=priority)
         if isinstance(prompt, str):
             request.text = prompt
         elif isinstance(prompt, TokenIds):

@@ -94,9 +94,12 @@ class AsyncClient:
         sampling: Sampling = _DEFAULT_SAMPLING,
         timeout_s: float | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> AsyncStream:
         """See `Client.stream`."""
-        request = _core.generate_request(prompt, adapter=adapter, sampling=sampling, request_id=request_id)
+        request = _core.generate_request(
+            prompt, adapter=adapter, sampling=sampling, request_id=request_id, priority=priority
+        )
         return AsyncStream(self._generation.Generate(request, **self._options(timeout_s)))
 
     async def generate(
@@ -107,10 +110,16 @@ class AsyncClient:
         sampling: Sampling = _DEFAULT_SAMPLING,
         timeout_s: float | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> Completion:
         """See `Client.generate`."""
         async with self.stream(
-            prompt, adapter=adapter, sampling=sampling, timeout_s=timeout_s, request_id=request_id
+            prompt,
+            adapter=adapter,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            priority=priority,
         ) as stream:
             async for _ in stream:
                 pass

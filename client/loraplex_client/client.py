@@ -97,6 +97,7 @@ class Client:
         sampling: Sampling = _DEFAULT_SAMPLING,
         timeout_s: float | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> Stream:
         """Start generating; iterate the result for the pieces of the answer.
 
@@ -106,8 +107,11 @@ class Client:
             sampling: how tokens are chosen.
             timeout_s: for the whole call.
             request_id: to find the call in the server's log.
+            priority: greater goes first among the tenant's own waiting calls, -100 to 100.
         """
-        request = _core.generate_request(prompt, adapter=adapter, sampling=sampling, request_id=request_id)
+        request = _core.generate_request(
+            prompt, adapter=adapter, sampling=sampling, request_id=request_id, priority=priority
+        )
         return Stream(self._generation.Generate(request, **self._options(timeout_s)))
 
     def generate(
@@ -118,10 +122,16 @@ class Client:
         sampling: Sampling = _DEFAULT_SAMPLING,
         timeout_s: float | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> Completion:
         """Generate a whole answer; arguments as `stream`."""
         with self.stream(
-            prompt, adapter=adapter, sampling=sampling, timeout_s=timeout_s, request_id=request_id
+            prompt,
+            adapter=adapter,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            priority=priority,
         ) as stream:
             for _ in stream:
                 pass

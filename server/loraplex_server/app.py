@@ -9,7 +9,6 @@ with status 1 for its supervisor to start it again.
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 import time
@@ -23,16 +22,8 @@ from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_registry.delivery.cache import Cache
-from loraplex_registry.encryption.key_providers import KeyRing
-from loraplex_registry.errors import RegistryError
-from loraplex_registry.registry import Registry
-from loraplex_registry.storage.store import open_store
-from loraplex_registry.trust.marks import FileMarks, marks_directory
 from loraplex_registry.trust.verdict import TrustPolicy
-from loraplex_registry.trust.verifier import Verifier
-from loraplex_registry.validation.weights import Limits
 from loraplex_server.adapter_service import AdapterService
-from loraplex_server.admission import Admission
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
@@ -42,9 +33,11 @@ from loraplex_server.generation_service import GenerationService
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.tls import server_credentials
 from loraplex_server.versions import Versions
+from loraplex_server.wiring import cache_dir, load_policy, make_scheduler, make_versions, open_cache
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +67,7 @@ class App:
         self._grpc: Any = None
         self._page: MetricsPage | None = None
         self._versions: Versions | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self.port = 0
         self.metrics_port = 0
 
@@ -86,15 +79,18 @@ class App:
             EngineUnavailableError: the engine did not come up.
         """
         authenticator = Authenticator.from_settings(self._config.auth)
-        policy = self._load_policy()
-        cache = self._open_cache()
+        policy, cache = load_policy(self._config), open_cache(self._config)
         host, port = split_address(self._config.server.metrics_listen)
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
-        self._watching = asyncio.create_task(_refresh(authenticator), name="watch credentials")
+        self._watching.append(asyncio.create_task(_refresh(authenticator), name="watch credentials"))
         await self._engine.start()
         self._gate.open(self._backend(policy, cache))
+        if self._versions is not None:
+            interval_s = self._config.registry.revocations_ttl_s
+            work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
+            self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
         await self._set_health(_SERVING)
 
     async def wait(self) -> None:
@@ -109,8 +105,8 @@ class App:
         if self._grpc is not None:
             await self._grpc.stop(drain_s)
         self._gate.close()
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         if self._residency is not None:
             await self._residency.close()
         await self._engine.close()
@@ -125,28 +121,6 @@ class App:
         """The adapters in the engine; after `start`."""
         assert self._residency is not None, "start() first"
         return self._residency
-
-    def _load_policy(self) -> TrustPolicy | None:
-        if not self._config.registry.url:
-            return None
-        try:
-            return TrustPolicy.load(Path(self._config.registry.policy))
-        except RegistryError as error:
-            raise ConfigError(f"registry.policy: {error}") from error
-
-    def _open_cache(self) -> Cache:
-        """Open the cache of adapters, which other servers may share, and clear up after those that died."""
-        settings = self._config.adapters
-        try:
-            cache = Cache(
-                settings.cache_dir or self._cache_dir / "adapters",
-                max_bytes=settings.cache_bytes_max,
-                wait_s=settings.load_timeout_s,
-            )
-            cache.prune()
-        except RegistryError as error:
-            raise ConfigError(f"adapters.cache_dir: {error}") from error
-        return cache
 
     async def _open_port(self, authenticator: Authenticator) -> None:
         server = self._config.server
@@ -183,30 +157,9 @@ class App:
         await self._grpc.start()
 
     def _backend(self, policy: TrustPolicy | None, cache: Cache) -> Backend:
-        config = self._config
-        clock = time.monotonic
+        config, clock = self._config, time.monotonic
         if policy is not None:
-            registry = self._registry()
-            marks = FileMarks(marks_directory(Path(config.registry.state_dir), registry.url))
-            self._versions = Versions(
-                registry=registry,
-                verifier=Verifier(
-                    registry, policy, marks=marks, refresh_s=config.registry.revocations_ttl_s, clock=clock
-                ),
-                base=self._engine.base,
-                limits=Limits(
-                    max_rank=config.adapters.rank_max,
-                    max_bytes=config.adapter_bytes_max,
-                    embeddings=config.adapters.embeddings,
-                ),
-                cache=cache,
-                sealed=config.adapters.handoff == "sealed",
-                tag_ttl_s=config.registry.tag_ttl_s,
-                stale_s_max=config.registry.stale_s_max,
-                fetches_max=config.adapters.fetches_max,
-                fetch_s_max=config.adapters.load_timeout_s,
-                clock=clock,
-            )
+            self._versions = make_versions(config, self._engine.base, policy, cache)
         self._residency = Residency(
             engine=self._engine,
             source=self._versions or _NoSource(),
@@ -215,6 +168,9 @@ class App:
             load_timeout_s=config.adapters.load_timeout_s,
             clock=clock,
         )
+        scheduler = make_scheduler(config, events=self._metrics, resident=lambda: self.residency.resident)
+        self._metrics.waiting.set_function(lambda: scheduler.waiting)
+        self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
         self._metrics.slots_total.set(config.adapters.slots)
         self._metrics.slots_used.set_function(lambda: self.residency.slots_used)
         self._metrics.pins.set_function(lambda: self.residency.pins)
@@ -222,26 +178,10 @@ class App:
             engine=self._engine,
             versions=self._versions,
             residency=self._residency,
-            admission=Admission(
-                requests_max=config.limits.requests_max,
-                tenant_requests_max=config.limits.tenant_requests_max,
-            ),
+            scheduler=scheduler,
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
         )
-
-    def _registry(self) -> Registry:
-        settings = self._config.registry
-        try:
-            store = open_store(
-                settings.url,
-                endpoint_url=settings.endpoint_url or None,
-                region=settings.region or None,
-                options=settings.s3,
-            )
-        except RegistryError as error:
-            raise ConfigError(f"registry.url: {error}") from error
-        return Registry(store, keys=KeyRing.parse(settings.encryption_key))
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
@@ -276,12 +216,6 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
         if request.service not in ("", *SERVICES):
             await abort_with(context, "NOT_FOUND", f"no service {request.service[:200]!r} here")
         return await super().Check(request, context)
-
-
-def cache_dir() -> Path:
-    """Where this user's derived files live: $XDG_CACHE_HOME/loraplex or ~/.cache/loraplex."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "loraplex"
 
 
 async def serve(config: Config) -> int:

@@ -12,11 +12,13 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from loraplex_registry.delivery.cache import CACHE_BYTES_MAX
 from loraplex_registry.encryption.key_providers import KeyRing, anchored_addresses
-from loraplex_registry.errors import SettingsError
+from loraplex_registry.errors import InvalidReferenceError, SettingsError
+from loraplex_registry.refs import check_name
 from loraplex_registry.settings import state_directory
 from loraplex_registry.storage.s3_options import READING, S3Options, read_options
 from loraplex_server.errors import ConfigError
@@ -119,8 +121,22 @@ class LimitSettings:
 
     requests_max: int = 256  # accepted and not yet ended
     tenant_requests_max: int = 64  # the same, for one tenant
+    tenant_running_max: int = 0  # in the engine at once, for one tenant; 0: no limit
+    tenant_requests_per_s: float = 0.0  # on average; 0: no limit
+    tenant_tokens_per_minute: float = 0.0  # prompt and answer together, on average; 0: no limit
     prompt_chars_max: int = 1_000_000
     tenants_labelled_max: int = 64  # tenants with metric series of their own; the rest share "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantSettings:
+    """What one tenant gets, where it differs from [limits]."""
+
+    weight: float = 1.0  # share of the engine among the tenants that have something to do
+    requests_max: int = 64
+    running_max: int = 0
+    requests_per_s: float = 0.0
+    tokens_per_minute: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +150,11 @@ class Config:
     auth: AuthSettings = field(default_factory=AuthSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    tenants: Mapping[str, TenantSettings] = field(default_factory=dict)  # [tenants.NAME]
+
+    def tenant(self, name: str) -> TenantSettings:
+        """What a tenant gets."""
+        return self.tenants.get(name) or _default_tenant(self.limits)
 
     @property
     def adapter_bytes_max(self) -> int:
@@ -181,8 +202,10 @@ def parse_config(document: Mapping[str, Any], *, origin: Path) -> Config:
         values = document.get(name, {})
         if not isinstance(values, Mapping):
             raise ConfigError(f"{origin}: [{name}] must be a section")
-        sections[name] = _section(kind, values, name=name, origin=origin)
-    config = Config(**sections)
+        if name != "tenants":
+            sections[name] = _section(kind, values, name=name, origin=origin)
+    tenants = _tenants(document.get("tenants", {}), sections["limits"], origin=origin)
+    config = Config(**sections, tenants=tenants)
     _check(config, origin)
     config = _anchored(config, origin.parent)
     try:
@@ -202,6 +225,33 @@ def _section(kind: type, values: Mapping[str, Any], *, name: str, origin: Path) 
         key: _typed(value, hints[key], key=f"{name}.{key}", origin=origin) for key, value in values.items()
     }
     return kind(**checked)
+
+
+def _default_tenant(limits: LimitSettings) -> TenantSettings:
+    return TenantSettings(
+        requests_max=limits.tenant_requests_max,
+        running_max=limits.tenant_running_max,
+        requests_per_s=limits.tenant_requests_per_s,
+        tokens_per_minute=limits.tenant_tokens_per_minute,
+    )
+
+
+def _tenants(
+    document: Mapping[str, Any], limits: LimitSettings, *, origin: Path
+) -> Mapping[str, TenantSettings]:
+    """Read [tenants.NAME]; what is not said there is as [limits] has it."""
+    found: dict[str, TenantSettings] = {}
+    for tenant, values in document.items():
+        name = f"tenants.{tenant}"
+        try:
+            check_name("tenant", tenant)
+        except InvalidReferenceError as error:
+            raise ConfigError(f"{origin}: [{name}]: {error.message}") from error
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{origin}: [{name}] must be a section")
+        said = _section(TenantSettings, values, name=name, origin=origin)
+        found[tenant] = replace(_default_tenant(limits), **{key: getattr(said, key) for key in values})
+    return MappingProxyType(found)
 
 
 def _refuse_unknown(values: Mapping[str, Any], *, known: Mapping[str, Any], where: str, origin: Path) -> None:
@@ -263,9 +313,20 @@ def _check(config: Config, origin: Path) -> None:
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),
+        ("limits.tenant_running_max", limits.tenant_running_max, 0, 100_000),
+        ("limits.tenant_requests_per_s", limits.tenant_requests_per_s, 0, 1e6),
+        ("limits.tenant_tokens_per_minute", limits.tenant_tokens_per_minute, 0, 1e9),
         ("limits.prompt_chars_max", limits.prompt_chars_max, 1, 100_000_000),
         ("limits.tenants_labelled_max", limits.tenants_labelled_max, 1, 1000),
     ]
+    for name, tenant in config.tenants.items():
+        ranges += [
+            (f"tenants.{name}.weight", tenant.weight, 0.01, 100),
+            (f"tenants.{name}.requests_max", tenant.requests_max, 1, 100_000),
+            (f"tenants.{name}.running_max", tenant.running_max, 0, 100_000),
+            (f"tenants.{name}.requests_per_s", tenant.requests_per_s, 0, 1e6),
+            (f"tenants.{name}.tokens_per_minute", tenant.tokens_per_minute, 0, 1e9),
+        ]
     for key, number, low, high in ranges:
         if not low <= number <= high:
             raise ConfigError(f"{origin}: {key} must be from {low:g} to {high:g}, not {number:g}")

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from loraplex_registry.errors import AdapterNotFoundError
 from loraplex_registry.refs import AdapterRef
-from loraplex_server.admission import Admission
 from loraplex_server.engine import Engine
 from loraplex_server.errors import EngineUnavailableError, NotFoundError
 from loraplex_server.identity.principals import Principal, may_see
 from loraplex_server.residency import Residency
+from loraplex_server.scheduling.scheduler import Scheduler
 from loraplex_server.versions import AdapterVersion, Progress, Versions
 
 
@@ -19,7 +19,7 @@ class Backend:
     engine: Engine
     versions: Versions | None
     residency: Residency
-    admission: Admission
+    scheduler: Scheduler
     model_name: str
     prompt_chars_max: int
 

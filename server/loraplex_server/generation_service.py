@@ -22,6 +22,7 @@ from loraplex_server.interceptors import current_call
 from loraplex_server.metrics import Metrics
 from loraplex_server.requests import GenerateCall, Prompt, check_token_ids, final_sampling, parse_generate
 from loraplex_server.residency import Lease
+from loraplex_server.scheduling.scheduler import Turn
 from loraplex_server.versions import AdapterVersion
 
 _FINISH = {"stop": gpb.FINISH_REASON_STOP, "length": gpb.FINISH_REASON_LENGTH}
@@ -44,7 +45,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._counted() as account:
             backend = self._gate.backend
             wanted = parse_generate(request, prompt_chars_max=backend.prompt_chars_max)
-            with backend.admission.admit(call.principal.tenant):
+            with backend.scheduler.hold(call.principal.tenant):
                 prompt_ids = await _encode(backend.engine, wanted.prompt)
                 sampling = final_sampling(
                     wanted.sampling,
@@ -52,7 +53,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     context_tokens=backend.engine.context_tokens,
                     vocab_size=backend.engine.vocab_size,
                 )
-                async with self._adapter(wanted, account) as (version, lease):
+                version = await self._version(wanted, account)
+                async with (
+                    backend.scheduler.turn(
+                        account.tenant,
+                        adapter=version.digest if version else "",
+                        prompt_tokens=len(prompt_ids),
+                        priority=wanted.priority,
+                    ) as turn,
+                    self._lease(version, account) as lease,
+                ):
                     engine_request = EngineRequest(
                         request_id=f"{wanted.request_id or 'request'}-{call.id}",
                         prompt_ids=tuple(prompt_ids),
@@ -61,30 +71,37 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         cache_salt=self._salt(account.tenant),
                     )
                     await context.write(_header(backend, wanted, version, lease))
-                    await self._stream(engine_request, account, context)
+                    await self._stream(engine_request, account, turn, context)
 
-    async def _stream(self, request: EngineRequest, account: "_Account", context: Any) -> None:
+    async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, context: Any) -> None:
         self._metrics.prompt_seen(account.tenant, tokens=len(request.prompt_ids))
         async with aclosing(self._gate.backend.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 account.chunk(chunk, time.monotonic())
+                turn.generated(len(chunk.token_ids))
                 if chunk.token_ids or chunk.text:
                     await context.write(_delta(chunk))
         await context.write(account.end(prompt_tokens=len(request.prompt_ids)))
 
-    @asynccontextmanager
-    async def _adapter(
-        self, wanted: GenerateCall, account: "_Account"
-    ) -> AsyncIterator[tuple[AdapterVersion | None, Lease | None]]:
-        """Resolve and lease the adapter, or nothing for the base model."""
+    async def _version(self, wanted: GenerateCall, account: "_Account") -> AdapterVersion | None:
+        """Resolve the adapter; None for the base model."""
         if wanted.adapter is None:
-            yield None, None
-            return
+            return None
         version = await self._gate.resolve(wanted.adapter, current_call().principal)
         account.tenant = version.tenant
+        return version
+
+    @asynccontextmanager
+    async def _lease(
+        self, version: AdapterVersion | None, account: "_Account"
+    ) -> AsyncIterator[Lease | None]:
+        """Have the adapter in the engine; None for the base model."""
+        if version is None:
+            yield None
+            return
         async with self._gate.backend.residency.lease(version) as lease:
             account.adapter_ready(was_resident=lease.was_resident)
-            yield version, lease
+            yield lease
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator["_Account"]:

@@ -94,6 +94,16 @@ class Metrics:
             ("cause",),
             registry=registry,
         )
+        self._turn_wait = Histogram(
+            "loraplex_turn_wait_seconds", "Waiting for a turn at the engine, among all tenants' calls.", tenant,
+            buckets=REQUEST_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.waiting = Gauge("loraplex_requests_waiting", "Calls that wait for a turn.", registry=registry)
+        self.fairness_gap = Gauge(
+            "loraplex_fairness_gap_tokens",
+            "Most tokens of service, by weight, that a tenant with something to do is ahead of another.",
+            registry=registry,
+        )
         self.slots_total = Gauge("loraplex_adapter_slots", "Slots of the engine.", registry=registry)
         self.slots_used = Gauge("loraplex_adapter_slots_used", "Slots taken.", registry=registry)
         self.pins = Gauge("loraplex_adapters_pinned", "Adapters that cannot be evicted.", registry=registry)
@@ -138,6 +148,10 @@ class Metrics:
     def adapter_ready(self, seconds: float, *, was_resident: bool) -> None:
         """A call had its adapter so many seconds after it arrived."""
         self._adapter_wait.labels("true" if was_resident else "false").observe(seconds)
+
+    def turn_given(self, tenant: str, waited_s: float) -> None:
+        """See `scheduling.scheduler.SchedulerEvents`."""
+        self._turn_wait.labels(self._label(tenant)).observe(waited_s)
 
     def adapter_requested(self, result: str) -> None:
         """See `residency.ResidencyEvents`."""

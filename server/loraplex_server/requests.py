@@ -16,6 +16,7 @@ from loraplex_server.errors import ContextTooLongError, InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 256
 REQUEST_ID_CHARS_MAX = 128
+PRIORITY_MAX = 100
 STOPS_MAX = 16
 STOP_CHARS_MAX = 128
 MESSAGES_MAX = 256
@@ -40,6 +41,7 @@ class GenerateCall:
     prompt: Prompt
     sampling: pb.SamplingParams
     request_id: str | None
+    priority: int = 0
 
 
 def parse_ref(text: str) -> AdapterRef:
@@ -64,12 +66,15 @@ def parse_generate(message: pb.GenerateRequest, *, prompt_chars_max: int) -> Gen
         raise InvalidRequestError(
             "request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ -"
         )
+    if abs(message.priority) > PRIORITY_MAX:
+        raise InvalidRequestError("priority", f"must be from -{PRIORITY_MAX} to {PRIORITY_MAX}")
     _check_sampling(message.sampling)
     return GenerateCall(
         adapter=parse_ref(message.adapter) if message.adapter else None,
         prompt=_prompt(message, chars_max=prompt_chars_max),
         sampling=message.sampling,
         request_id=message.request_id or None,
+        priority=message.priority,
     )
 
 

@@ -9,26 +9,30 @@ Promises: one flight per digest, however many callers wait for it; a caller that
 flight that others wait for; a failed or hanging load harms only those who asked for it and leaves nothing
 behind, in the engine or on disk; an adapter that is leased or pinned is never evicted; the least recently
 used idle one goes first. Never more than `slots` adapters are in the engine, so that the engine never has to
-evict on its own, and at most `slots - 1` are pinned, so that a slot can always be freed.
+evict on its own, and at most `slots - 1` are pinned, so that a slot can always be freed. An adapter that is expelled
+ends the calls that use it with the reason, pinned or not, and a revoked one does not come back.
 
 All state belongs to one event loop and changes between awaits only; there are no locks.
 """
 
 import asyncio
 import itertools
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Protocol
+from typing import Any, Final, Protocol
 
+from loraplex_registry.errors import RevokedError
 from loraplex_registry.registry import StagedAdapter
 from loraplex_server.engine import Engine, EngineAdapter
 from loraplex_server.errors import AdapterNotReadyError
 from loraplex_server.versions import AdapterSource, AdapterVersion, Progress
 
 RETRY_AFTER_S = 1.0
+REVOKED_MAX: Final = 10_000  # digests remembered as revoked; beyond it the registry still refuses them
 
 
 class State(StrEnum):
@@ -53,7 +57,7 @@ class ResidencyEvents(Protocol):
         """A flight ended: "ok", or the reason it failed."""
 
     def adapter_gone(self, cause: str) -> None:
-        """A resident adapter left: "evicted" or "unloaded"."""
+        """A resident adapter left: "evicted", "unloaded" or "expelled"."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class _Entry:
     leases: int = 0
     waiters: int = 0
     watchers: list[Progress] = field(default_factory=list)
+    holders: "set[asyncio.Task[Any]]" = field(default_factory=set)
+    expelled: Exception | None = None
 
     @property
     def idle(self) -> bool:
@@ -115,6 +121,7 @@ class Residency:
         self._slot_ids = itertools.count(1)
         # Least recently used first: an entry moves to the end whenever it is leased.
         self._entries: dict[str, _Entry] = {}
+        self._revoked: OrderedDict[str, Exception] = OrderedDict()
         self._changed = asyncio.Event()  # replaced at each change; see _notify
 
     @property
@@ -126,6 +133,12 @@ class Residency:
     def slots_used(self) -> int:
         """Slots taken, those being filled or emptied included."""
         return sum(entry.adapter is not None for entry in self._entries.values())
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Digests of the adapters in the engine, those just being loaded included."""
+        there = (State.LOADING, State.RESIDENT)
+        return frozenset(digest for digest, entry in self._entries.items() if entry.state in there)
 
     @property
     def pins(self) -> int:
@@ -150,14 +163,23 @@ class Residency:
         Raises:
             RegistryError, AdapterNotReadyError, EngineUnavailableError: why it could not be brought in;
                 every caller that waited for the same flight gets the same error.
+            Exception: the adapter was expelled meanwhile; this is why.
         """
         entry, was_resident = await self._ensure(version, progress)
         entry.leases += 1
         self._entries[version.digest] = self._entries.pop(version.digest)
+        task = asyncio.current_task()
+        assert task is not None
+        entry.holders.add(task)
         try:
             assert entry.adapter is not None
             yield Lease(adapter=entry.adapter, was_resident=was_resident)
+        except asyncio.CancelledError:
+            if entry.expelled is not None and not task.uncancel():  # by us, and by nobody else
+                raise entry.expelled from None
+            raise
         finally:
+            entry.holders.discard(task)
             entry.leases -= 1
             self._notify()
 
@@ -201,6 +223,28 @@ class Residency:
             await self._remove(entry, cause="unloaded")
         return True
 
+    async def expel(self, digest: str, error: Exception) -> bool:
+        """End the use of an adapter at once: calls that use it or wait for it end with `error`, then it leaves.
+
+        Returns:
+            Whether it was here at all.
+        """
+        if isinstance(error, RevokedError):
+            self._revoked[digest] = error
+            while len(self._revoked) > REVOKED_MAX:
+                self._revoked.popitem(last=False)
+        entry = self._entries.get(digest)
+        if entry is None or entry.expelled is not None:
+            return entry is not None
+        entry.expelled, entry.pinned = error, False
+        for task in entry.holders:
+            task.cancel()
+        if entry.flight is not None:
+            await asyncio.wait([entry.flight])
+        if self._entries.get(digest) is entry and entry.state is State.RESIDENT:
+            await self._remove(entry, cause="expelled")
+        return True
+
     async def close(self) -> None:
         """Stop every flight and wait until it has cleaned up. The engine is left to its owner."""
         flights = [entry.flight for entry in self._entries.values() if entry.flight]
@@ -225,6 +269,8 @@ class Residency:
     async def _ensure(self, version: AdapterVersion, progress: Progress | None) -> tuple[_Entry, bool]:
         first = True
         while True:
+            if version.digest in self._revoked:
+                raise self._revoked[version.digest]
             entry = self._entries.get(version.digest)
             if entry is not None and entry.state is State.RESIDENT:
                 if first:
@@ -308,6 +354,8 @@ class Residency:
         started = self._clock()
         await self._engine.load(entry.adapter)
         await self._source.confirm(entry.staged)  # before any request can use it
+        if entry.expelled is not None:
+            raise entry.expelled
         entry.state = State.RESIDENT
         self._events.adapter_phase("load", self._clock() - started)
 

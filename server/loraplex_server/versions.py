@@ -18,9 +18,9 @@ from typing import Protocol
 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.delivery.handoff import Handoff, hand_off
-from loraplex_registry.errors import PolicyRefusedError, SettingsError, StoreUnavailableError
+from loraplex_registry.errors import PolicyRefusedError, SettingsError, StoreUnavailableError, TrustError
 from loraplex_registry.refs import AdapterRef
-from loraplex_registry.registry import Registry, StagedAdapter
+from loraplex_registry.registry import Registry, Resolved, StagedAdapter
 from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
@@ -153,6 +153,22 @@ class Versions:
             digest=manifest.digest,
             verified=verified,
         )
+
+    async def reconsider(self, version: AdapterVersion) -> None:
+        """Decide again about a version that was verified before, by the revocation list and the time of now.
+
+        Raises:
+            TrustError: it must not be used any more; what its names meant is forgotten.
+            StoreUnavailableError: nobody knows.
+        """
+        found = version.verified
+        resolved = Resolved(found.ref, found.manifest.version, found.digest, found.record)
+        try:
+            await asyncio.to_thread(self._verifier.decide, resolved, base_digest=self._base.digest)
+        except TrustError:
+            for key in [key for key, (_, known) in self._known.items() if known.digest == version.digest]:
+                del self._known[key]
+            raise
 
     def _remember(self, key: str, version: AdapterVersion) -> None:
         self._known[key] = (self._clock(), version)

@@ -33,6 +33,10 @@ class Rig:
         async with AsyncClient(target, api_key=api_key, timeout_s=20, tls=tls) as client:
             yield client
 
+    def waiting(self) -> int:
+        """Calls that wait for their turn."""
+        return self.app._gate.backend.scheduler.waiting
+
     def outcomes(self) -> dict[str, float]:
         found = dict.fromkeys(OUTCOMES, 0.0)
         for metric in self.counts.collect():
@@ -47,14 +51,19 @@ async def running(
     shop: Shop, *, keys: str = "", registry: bool = True, **sections: Any
 ) -> AsyncIterator[Rig]:
     document: dict[str, Any] = {
-        "model": {"path": "sim", "name": "sim"},
+        "model": {"path": "sim", "name": "sim", **sections.get("model", {})},
         "server": {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **sections.get("server", {})},
         "adapters": {"slots": 2, "cache_dir": "cache", **sections.get("adapters", {})},
         "limits": sections.get("limits", {}),
         "tls": sections.get("tls", {}),
     }
     if registry:
-        document["registry"] = {"url": shop.url, "policy": "policy.toml", "tag_ttl_s": 0}
+        document["registry"] = {
+            "url": shop.url,
+            "policy": "policy.toml",
+            "tag_ttl_s": 0,
+            **sections.get("registry_section", {}),
+        }
     if keys:
         (shop.root / "keys.toml").write_text(keys)
         document["auth"] = {"keys": "keys.toml"}

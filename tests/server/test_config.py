@@ -125,3 +125,18 @@ def test_ipv6_addresses_keep_their_colons() -> None:
 def test_slots_get_the_smallest_rank_vllm_allows(tmp_path: Path, wanted: int, slot: int) -> None:
     config = read(tmp_path, f'[model]\npath = "m"\n[adapters]\nrank_max = {wanted}\n')
     assert config.engine_rank == slot
+
+
+def test_a_tenants_section_overrides_the_limits_it_names_and_no_others(tmp_path: Path) -> None:
+    document = {
+        "model": {"path": "m"},
+        "limits": {"tenant_requests_max": 9, "tenant_tokens_per_minute": 100},
+        "tenants": {"acme": {"weight": 4, "tokens_per_minute": 500}},
+    }
+    config = parse_config(document, origin=tmp_path / "s.toml")
+    acme, other = config.tenant("acme"), config.tenant("globex")
+    assert (acme.weight, acme.requests_max, acme.tokens_per_minute) == (4.0, 9, 500.0)
+    assert (other.weight, other.requests_max, other.tokens_per_minute) == (1.0, 9, 100.0)
+    for wrong in ({"../x": {}}, {"acme": {"weigth": 1}}, {"acme": {"weight": 0}}, {"acme": 3}):
+        with pytest.raises(ConfigError, match="tenants"):
+            parse_config({**document, "tenants": wrong}, origin=tmp_path / "s.toml")

@@ -54,6 +54,7 @@ class GenerateRequest(google.protobuf.message.Message):
     CHAT_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     adapter: builtins.str
     """"tenant/adapter", "tenant/adapter@tag", "tenant/adapter@version" or
     "tenant/adapter@sha256:<64 hex digits>". Empty: the base model without an adapter.
@@ -64,6 +65,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """Chosen by the caller to find the call in logs; the server makes one when it is empty.
     At most 128 characters of [A-Za-z0-9._-].
     """
+    priority: builtins.int
+    """Greater goes first among the waiting calls of the same tenant; never before another tenant's. -100 to 100."""
     @property
     def token_ids(self) -> global___TokenIds:
         """Token ids of the base model's tokenizer, used as they stand."""
@@ -83,9 +86,10 @@ class GenerateRequest(google.protobuf.message.Message):
         chat: global___Chat | None = ...,
         sampling: global___SamplingParams | None = ...,
         request_id: builtins.str = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "chat", b"chat", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids", "chat"] | None: ...
 
 global___GenerateRequest = GenerateRequest

@@ -1,0 +1,146 @@
+"""Parts made from settings: the registry with its policy, the cache, names to versions, turns at the engine.
+
+What is wrong in the settings is raised as ConfigError that names the key.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from loraplex_registry.delivery.cache import Cache
+from loraplex_registry.encryption.key_providers import KeyRing
+from loraplex_registry.errors import RegistryError
+from loraplex_registry.registry import Registry
+from loraplex_registry.storage.store import open_store
+from loraplex_registry.trust.marks import FileMarks, marks_directory
+from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_registry.trust.verifier import Verifier
+from loraplex_registry.validation.base import BaseModel
+from loraplex_registry.validation.weights import Limits
+from loraplex_server.config import Config
+from loraplex_server.errors import ConfigError
+from loraplex_server.scheduling.fair_queue import FairQueue
+from loraplex_server.scheduling.quotas import Quota, Quotas
+from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
+from loraplex_server.versions import Versions
+
+
+def cache_dir() -> Path:
+    """Return where this user's derived files live: $XDG_CACHE_HOME/loraplex or ~/.cache/loraplex."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "loraplex"
+
+
+def load_policy(config: Config) -> TrustPolicy | None:
+    """Return the trust policy; None without a registry.
+
+    Raises:
+        ConfigError: it cannot be read or is wrong.
+    """
+    if not config.registry.url:
+        return None
+    try:
+        return TrustPolicy.load(Path(config.registry.policy))
+    except RegistryError as error:
+        raise ConfigError(f"registry.policy: {error}") from error
+
+
+def open_cache(config: Config) -> Cache:
+    """Open the cache of adapters, which other servers may share, and clear up after those that died.
+
+    Raises:
+        ConfigError: its directory cannot be used.
+    """
+    settings = config.adapters
+    try:
+        cache = Cache(
+            settings.cache_dir or cache_dir() / "adapters",
+            max_bytes=settings.cache_bytes_max,
+            wait_s=settings.load_timeout_s,
+        )
+        cache.prune()
+    except RegistryError as error:
+        raise ConfigError(f"adapters.cache_dir: {error}") from error
+    return cache
+
+
+def open_registry(config: Config) -> Registry:
+    """Return the registry, with the keys that open encrypted versions.
+
+    Raises:
+        ConfigError: its address is wrong.
+    """
+    settings = config.registry
+    try:
+        store = open_store(
+            settings.url,
+            endpoint_url=settings.endpoint_url or None,
+            region=settings.region or None,
+            options=settings.s3,
+        )
+    except RegistryError as error:
+        raise ConfigError(f"registry.url: {error}") from error
+    return Registry(store, keys=KeyRing.parse(settings.encryption_key))
+
+
+def make_versions(config: Config, base: BaseModel, policy: TrustPolicy, cache: Cache) -> Versions:
+    """Return what turns names into verified versions for a base, and versions into bytes.
+
+    Raises:
+        ConfigError: as `open_registry`.
+    """
+    registry = open_registry(config)
+    settings, adapters = config.registry, config.adapters
+    verifier = Verifier(
+        registry,
+        policy,
+        marks=FileMarks(marks_directory(Path(settings.state_dir), registry.url)),
+        refresh_s=settings.revocations_ttl_s,
+        clock=time.monotonic,
+    )
+    return Versions(
+        registry=registry,
+        verifier=verifier,
+        base=base,
+        limits=Limits(
+            max_rank=adapters.rank_max, max_bytes=config.adapter_bytes_max, embeddings=adapters.embeddings
+        ),
+        cache=cache,
+        sealed=adapters.handoff == "sealed",
+        tag_ttl_s=settings.tag_ttl_s,
+        stale_s_max=settings.stale_s_max,
+        fetches_max=adapters.fetches_max,
+        fetch_s_max=adapters.load_timeout_s,
+        clock=time.monotonic,
+    )
+
+
+def make_scheduler(
+    config: Config, *, events: SchedulerEvents, resident: Callable[[], Collection[str]]
+) -> Scheduler:
+    """Return what gives turns at the engine; see `Scheduler` for the arguments."""
+
+    def quota_of(tenant: str) -> Quota:
+        found = config.tenant(tenant)
+        return Quota(
+            requests_max=found.requests_max,
+            requests_per_s=found.requests_per_s,
+            tokens_per_minute=found.tokens_per_minute,
+        )
+
+    queue = FairQueue(
+        weight_of=lambda tenant: config.tenant(tenant).weight,
+        running_max_of=lambda tenant: config.tenant(tenant).running_max or 1 << 30,
+    )
+    return Scheduler(
+        places=config.model.batch_requests + max(2, config.model.batch_requests // 4),
+        requests_max=config.limits.requests_max,
+        queue=queue,
+        quotas=Quotas(quota_of, clock=time.monotonic),
+        events=events,
+        resident=resident,
+        clock=time.monotonic,
+    )

@@ -1,0 +1,104 @@
+"""Adapters that are revoked while they are in the engine."""
+
+import asyncio
+import datetime as dt
+
+import pytest
+
+from loraplex_client import AdapterRefusedError, Sampling
+from loraplex_registry.refs import AdapterRef
+from loraplex_registry.trust.policy import TrustedKey
+from loraplex_registry.trust.revocations import Revocation
+from loraplex_registry.trust.revoking import append
+from tests.server.conftest import POLICY, Shop
+from tests.server.rig import FOUR, running, until
+
+WITH_REVOKERS = POLICY.replace(
+    'keys = [{ path = "acme.pub" }]', 'keys = [{ path = "acme.pub" }]\nrevokers = [{ path = "acme.pub" }]'
+)
+LONG = Sampling(max_tokens=60, temperature=0)
+SOON = {"registry_section": {"revocations_ttl_s": 0.0}}
+
+
+@pytest.fixture
+def shop(tmp_path) -> Shop:  # type: ignore[no-untyped-def]
+    """A registry whose policy lets acme revoke."""
+    made = Shop(tmp_path)
+    made.policy.write_text(WITH_REVOKERS)
+    return made
+
+
+def revoke(shop: Shop, digest: str) -> None:
+    """Put a version on acme's list."""
+    signer = shop.signers["acme"]
+    append(
+        shop.registry.store,
+        "acme",
+        [Revocation("leaked", digest=digest)],
+        signer,
+        revokers=[TrustedKey(signer.public_key)],
+        now=dt.datetime.now(dt.UTC),
+    )
+
+
+async def test_a_revoked_adapter_ends_its_streams_leaves_the_engine_and_does_not_come_back(
+    shop: Shop,
+) -> None:
+    bad, good = shop.publish("acme/orders", tag="prod"), shop.publish("acme/mail", seed=1, tag="prod")
+    shop.publish("globex/tickets")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        rig.engine.step_s = 0.05
+        calls = [
+            asyncio.create_task(client.generate("x", adapter=name, sampling=LONG))
+            for name in ("acme/orders@prod", "acme/orders@prod", "acme/mail@prod")
+        ]
+        await until(lambda: rig.engine.running == 3)
+        revoke(shop, bad.digest)
+        found = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 5)
+        assert [getattr(error, "code", None) for error in found] == ["REVOKED", "REVOKED"]
+        await until(lambda: rig.app.residency.status(bad.digest) is None)
+        rig.engine.step_s = 0.0
+        assert (await calls[2]).header.adapter_digest == good.digest  # another adapter of the same tenant
+        for name in ("acme/orders@prod", f"acme/orders@{bad.digest}"):
+            with pytest.raises(AdapterRefusedError) as caught:
+                await client.generate("x", adapter=name, sampling=FOUR)
+            assert caught.value.code == "REVOKED"
+        await client.generate("x", adapter="globex/tickets", sampling=FOUR)
+        await rig.app.residency.check()
+        assert rig.outcomes()["failed"] == 4
+
+
+async def test_a_pinned_and_a_waiting_adapter_are_expelled_as_well(shop: Shop) -> None:
+    bad = shop.publish("acme/orders", tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        version = await rig.app._versions.resolve(AdapterRef.parse("acme/orders@prod"))  # type: ignore[union-attr]
+        await client.pin_adapter("acme/orders@prod")
+        revoke(shop, bad.digest)
+        await until(lambda: rig.app.residency.status(bad.digest) is None)
+        assert rig.app.residency.pins == 0
+        with pytest.raises(Exception, match="revoked"):  # resolved before, leased after
+            async with rig.app.residency.lease(version):
+                pass
+
+
+async def test_an_adapter_that_is_just_being_loaded_is_not_let_in(shop: Shop) -> None:
+    bad = shop.publish("acme/orders", tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        rig.engine.load_s = 3.0
+        call = asyncio.create_task(client.generate("x", adapter="acme/orders@prod", sampling=FOUR))
+        await until(lambda: bool(rig.engine.slot_ids_seen))
+        revoke(shop, bad.digest)
+        with pytest.raises(AdapterRefusedError) as caught:
+            await call
+        assert caught.value.code == "REVOKED"
+        assert rig.engine.adapters == {}
+
+
+async def test_while_the_storage_is_silent_residents_go_on(shop: Shop) -> None:
+    shop.publish("acme/orders", tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        await client.generate("x", adapter="acme/orders@prod", sampling=FOUR)
+        (shop.root / "registry").rename(shop.root / "gone")
+        await asyncio.sleep(1.2)
+        done = await client.generate("x", adapter="acme/orders@prod", sampling=FOUR)
+        assert done.header.adapter_was_resident
