@@ -41,7 +41,7 @@ NAME: Final = "loraplex"
 ADAPTERS_MAX: Final = 1000
 """Most names resolved by one process: each holds its bytes in memory and five file descriptors."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
 
 def register() -> None:
