@@ -6,10 +6,10 @@ from typing import Any
 
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc
+from loraplex_server.calls import current_call
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.gate import Gate
 from loraplex_server.identity.principals import may_see
-from loraplex_server.interceptors import current_call
 from loraplex_server.requests import parse_ref
 from loraplex_server.residency import AdapterStatus, State
 from loraplex_server.versions import AdapterVersion, Progress

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,21 @@ from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_server.adapter_service import AdapterService
+from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
 from loraplex_server.gate import Backend, Gate
+from loraplex_server.generation import Generation
 from loraplex_server.generation_service import GenerationService
+from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
-from loraplex_server.tls import server_credentials
+from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import Versions
 from loraplex_server.wiring import cache_dir, load_policy, make_scheduler, make_versions, open_cache
 
@@ -66,9 +69,12 @@ class App:
         self._residency: Residency | None = None
         self._grpc: Any = None
         self._page: MetricsPage | None = None
+        self._http: HttpApi | None = None
+        self._http_tls: HttpTls | None = None
         self._versions: Versions | None = None
         self._watching: list[asyncio.Task[None]] = []
         self.port = 0
+        self.http_port = 0
         self.metrics_port = 0
 
     async def start(self) -> None:
@@ -84,7 +90,8 @@ class App:
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
-        self._watching.append(asyncio.create_task(_refresh(authenticator), name="watch credentials"))
+        refreshes = [authenticator.refresh, *([self._http_tls.refresh] if self._http_tls else [])]
+        self._watching.append(asyncio.create_task(_refresh(refreshes), name="watch credentials"))
         await self._engine.start()
         self._gate.open(self._backend(policy, cache))
         if self._versions is not None:
@@ -102,8 +109,10 @@ class App:
     async def stop(self, *, drain_s: float) -> None:
         """Refuse new work, give running calls `drain_s` seconds, close everything. May be called twice."""
         await self._health.enter_graceful_shutdown()
-        if self._grpc is not None:
-            await self._grpc.stop(drain_s)
+        ports = [] if self._grpc is None else [self._grpc.stop(drain_s)]
+        if self._http is not None:
+            ports.append(self._http.stop())
+        await asyncio.gather(*ports)
         self._gate.close()
         for task in self._watching:
             task.cancel()
@@ -124,11 +133,13 @@ class App:
 
     async def _open_port(self, authenticator: Authenticator) -> None:
         server = self._config.server
-        interceptor = CallInterceptor(
+        guard = Guard(
             authenticator=authenticator,
             metrics=self._metrics,
             default_deadline_s=server.default_deadline_s,
         )
+        generation = Generation(self._gate, self._metrics)
+        interceptor = CallInterceptor(guard, self._metrics)
         self._grpc = grpc.aio.server(
             interceptors=[interceptor],
             options=[
@@ -138,9 +149,7 @@ class App:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(self._gate, self._metrics), self._grpc
-        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generation), self._grpc)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(_NOT_SERVING)
@@ -155,6 +164,27 @@ class App:
         except RuntimeError as error:
             raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
         await self._grpc.start()
+        if server.http_listen:
+            await self._open_http_port(guard, generation)
+
+    async def _open_http_port(self, guard: Guard, generation: Generation) -> None:
+        server, tls = self._config.server, self._config.tls
+        self._http = HttpApi(
+            guard,
+            self._gate,
+            generation,
+            body_bytes_max=self._config.message_bytes_max,
+            drain_s=server.drain_s,
+        )
+        self._http_tls = HttpTls(tls) if tls.certificate else None
+        host, port = split_address(server.http_listen)
+        try:
+            await self._http.start(host, port, self._http_tls.context if self._http_tls else None)
+        except OSError as error:
+            raise ConfigError(
+                f"server.http_listen: cannot listen on {server.http_listen}: {error.strerror}"
+            ) from error
+        self.http_port = self._http.port
 
     def _backend(self, policy: TrustPolicy | None, cache: Cache) -> Backend:
         config, clock = self._config, time.monotonic
@@ -188,11 +218,12 @@ class App:
             await self._health.set(service, status)
 
 
-async def _refresh(authenticator: Authenticator) -> None:
+async def _refresh(refreshes: Sequence[Callable[[], None]]) -> None:
     """Take over changed files of credentials, for as long as the server runs."""
     while True:
         await asyncio.sleep(CREDENTIALS_CHECK_INTERVAL_S)
-        await asyncio.to_thread(authenticator.refresh)
+        for refresh in refreshes:
+            await asyncio.to_thread(refresh)
 
 
 class _NoSource:
@@ -232,9 +263,10 @@ async def serve(config: Config) -> int:
             return 0
         await starting
         host = split_address(config.server.listen)[0]
+        http = f"OpenAI HTTP on port {app.http_port}, " if app.http_port else ""
         print(
             f"ready: {config.model.name} ({config.model.quantization}), gRPC on {host}:{app.port}, "
-            f"metrics on http://{host}:{app.metrics_port}/metrics",
+            f"{http}metrics on http://{host}:{app.metrics_port}/metrics",
             flush=True,
         )
         watching = asyncio.create_task(app.wait())

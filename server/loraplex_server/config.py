@@ -36,6 +36,7 @@ class ServerSettings:
     """Where the server listens and how it stops."""
 
     listen: str = "127.0.0.1:8470"
+    http_listen: str = ""  # OpenAI-compatible HTTP; empty: none
     metrics_listen: str = "127.0.0.1:8471"
     reflection: bool = True
     default_deadline_s: float = 300.0  # for calls that bring none
@@ -336,10 +337,11 @@ def _check(config: Config, origin: Path) -> None:
         )
     for key, address in (
         ("server.listen", config.server.listen),
+        ("server.http_listen", config.server.http_listen or "127.0.0.1:0"),
         ("server.metrics_listen", config.server.metrics_listen),
     ):
         host, _ = split_address(address, key=key, origin=origin)
-        if key == "server.listen" and not _is_loopback(host):
+        if key != "server.metrics_listen" and not _is_loopback(host):
             _check_open(config, f"{origin}: {key} = {address!r} is open to other machines")
     _check_identity(config, origin)
 

@@ -1,29 +1,12 @@
-"""GenerationService: translate, call, translate back. No policy lives here.
+"""GenerationService: translate, call, translate back. No policy lives here."""
 
-The handler writes with `context.write` instead of yielding, so that a cancellation always arrives inside it and
-what it holds (a place, a lease, the engine's request) is released before the call ends.
-"""
-
-import asyncio
-import hashlib
-import hmac
-import secrets
-import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_protos.v1 import generation_pb2_grpc
-from loraplex_server.engine import Engine, EngineChunk, EngineRequest
-from loraplex_server.errors import InvalidRequestError
-from loraplex_server.gate import Backend, Gate
-from loraplex_server.interceptors import current_call
-from loraplex_server.metrics import Metrics
-from loraplex_server.requests import GenerateCall, Prompt, check_token_ids, final_sampling, parse_generate
-from loraplex_server.residency import Lease
-from loraplex_server.scheduling.scheduler import Turn
-from loraplex_server.versions import AdapterVersion
+from loraplex_server.engine import EngineChunk
+from loraplex_server.generation import Ended, Event, Generation, Started
+from loraplex_server.requests import parse_generate
 
 _FINISH = {"stop": gpb.FINISH_REASON_STOP, "length": gpb.FINISH_REASON_LENGTH}
 
@@ -31,178 +14,36 @@ _FINISH = {"stop": gpb.FINISH_REASON_STOP, "length": gpb.FINISH_REASON_LENGTH}
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """See generation.proto."""
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
-        self._gate = gate
-        self._metrics = metrics
-        # One tenant's cached prefixes are never looked up for another; new at every start.
-        self._salt_key = secrets.token_bytes(32)
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only generators)
         self, request: gpb.GenerateRequest, context: Any
     ) -> None:
-        """Stream one completion."""
-        call = current_call()
-        async with self._counted() as account:
-            backend = self._gate.backend
-            wanted = parse_generate(request, prompt_chars_max=backend.prompt_chars_max)
-            with backend.scheduler.hold(call.principal.tenant):
-                prompt_ids = await _encode(backend.engine, wanted.prompt)
-                sampling = final_sampling(
-                    wanted.sampling,
-                    prompt_tokens=len(prompt_ids),
-                    context_tokens=backend.engine.context_tokens,
-                    vocab_size=backend.engine.vocab_size,
-                )
-                version = await self._version(wanted, account)
-                async with (
-                    backend.scheduler.turn(
-                        account.tenant,
-                        adapter=version.digest if version else "",
-                        prompt_tokens=len(prompt_ids),
-                        priority=wanted.priority,
-                    ) as turn,
-                    self._lease(version, account) as lease,
-                ):
-                    engine_request = EngineRequest(
-                        request_id=f"{wanted.request_id or 'request'}-{call.id}",
-                        prompt_ids=tuple(prompt_ids),
-                        sampling=sampling,
-                        adapter=lease.adapter if lease else None,
-                        cache_salt=self._salt(account.tenant),
-                    )
-                    await context.write(_header(backend, wanted, version, lease))
-                    await self._stream(engine_request, account, turn, context)
+        """Stream one completion. Written with `context.write`, not yielded: see `generation`."""
 
-    async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, context: Any) -> None:
-        self._metrics.prompt_seen(account.tenant, tokens=len(request.prompt_ids))
-        async with aclosing(self._gate.backend.engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                account.chunk(chunk, time.monotonic())
-                turn.generated(len(chunk.token_ids))
-                if chunk.token_ids or chunk.text:
-                    await context.write(_delta(chunk))
-        await context.write(account.end(prompt_tokens=len(request.prompt_ids)))
+        async def send(event: Event) -> None:
+            await context.write(_message(event))
 
-    async def _version(self, wanted: GenerateCall, account: "_Account") -> AdapterVersion | None:
-        """Resolve the adapter; None for the base model."""
-        if wanted.adapter is None:
-            return None
-        version = await self._gate.resolve(wanted.adapter, current_call().principal)
-        account.tenant = version.tenant
-        return version
-
-    @asynccontextmanager
-    async def _lease(
-        self, version: AdapterVersion | None, account: "_Account"
-    ) -> AsyncIterator[Lease | None]:
-        """Have the adapter in the engine; None for the base model."""
-        if version is None:
-            yield None
-            return
-        async with self._gate.backend.residency.lease(version) as lease:
-            account.adapter_ready(was_resident=lease.was_resident)
-            yield lease
-
-    @asynccontextmanager
-    async def _counted(self) -> AsyncIterator["_Account"]:
-        """Give every call exactly one outcome."""
-        call = current_call()
-        account = _Account(self._metrics, tenant=call.principal.tenant, arrived=call.arrived)
-        self._metrics.request_started()
-        outcome = "failed"
-        try:
-            yield account
-            outcome = "completed"
-            self._metrics.request_completed(account.tenant, account.total_s)
-        except asyncio.CancelledError:
-            expired = asyncio.get_running_loop().time() >= call.deadline
-            outcome = "expired" if expired else "cancelled"
-            raise
-        finally:
-            self._metrics.request_ended(account.tenant, outcome)
-
-    def _salt(self, tenant: str) -> str:
-        return hmac.new(self._salt_key, tenant.encode(), hashlib.sha256).hexdigest()
-
-
-class _Account:
-    """Times and counts of one call; tells the metrics as it goes."""
-
-    def __init__(self, metrics: Metrics, *, tenant: str, arrived: float) -> None:
-        self.tenant = tenant
-        self._metrics = metrics
-        self._arrived = arrived
-        self._last = arrived
-        self._adapter_s = 0.0
-        self._first_token_s = 0.0
-        self._tokens = 0
-        self._cached_tokens = 0
-        self._finish = gpb.FINISH_REASON_UNSPECIFIED
-
-    @property
-    def total_s(self) -> float:
-        """Seconds from arrival to the last chunk."""
-        return self._last - self._arrived
-
-    def adapter_ready(self, *, was_resident: bool) -> None:
-        """The adapter is leased."""
-        self._adapter_s = time.monotonic() - self._arrived
-        self._metrics.adapter_ready(self._adapter_s, was_resident=was_resident)
-
-    def chunk(self, chunk: EngineChunk, now: float) -> None:
-        """A chunk came from the engine."""
-        count = len(chunk.token_ids)
-        if count and not self._tokens:
-            self._first_token_s = now - self._arrived
-            self._cached_tokens = chunk.cached_tokens
-            self._metrics.first_token(self.tenant, self._first_token_s, cached_tokens=chunk.cached_tokens)
-        elif count:
-            self._metrics.inter_token(self.tenant, now - self._last, tokens=count)
-        self._last = now
-        self._tokens += count
-        self._metrics.tokens_generated(self.tenant, count)
-        if chunk.finish_reason:
-            self._finish = _FINISH[chunk.finish_reason]
-
-    def end(self, *, prompt_tokens: int) -> gpb.GenerateResponse:
-        """The last message of the call."""
-        usage = gpb.Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=self._tokens,
-            cached_tokens=self._cached_tokens,
+        await self._generation.run(
+            lambda backend: parse_generate(request, prompt_chars_max=backend.prompt_chars_max), send
         )
-        timings = gpb.Timings(
-            adapter_s=self._adapter_s, first_token_s=self._first_token_s, total_s=self.total_s
-        )
-        end = gpb.GenerationEnd(finish_reason=self._finish, usage=usage, timings=timings)
-        return gpb.GenerateResponse(end=end)
 
 
-async def _encode(engine: Engine, prompt: Prompt) -> list[int]:
-    if prompt.token_ids is not None:
-        check_token_ids(prompt.token_ids, vocab_size=engine.vocab_size)
-        return list(prompt.token_ids)
-    if prompt.chat is not None:
-        return await engine.encode_chat(prompt.chat)
-    ids = await engine.encode_text(prompt.text or "")
-    if not ids:
-        raise InvalidRequestError("text", "has no tokens")
-    return ids
+def _message(event: Event) -> gpb.GenerateResponse:
+    if isinstance(event, EngineChunk):
+        return gpb.GenerateResponse(delta=gpb.GenerationDelta(text=event.text, token_ids=event.token_ids))
+    if isinstance(event, Started):
+        return gpb.GenerateResponse(header=gpb.GenerationHeader(**vars(event)))
+    return gpb.GenerateResponse(end=_end(event))
 
 
-def _header(
-    backend: Backend, wanted: GenerateCall, version: AdapterVersion | None, lease: Lease | None
-) -> gpb.GenerateResponse:
-    header = gpb.GenerationHeader(
-        request_id=wanted.request_id or current_call().id,
-        base_model=backend.model_name,
-        base_digest=backend.engine.base.digest,
-        adapter=version.name if version else "",
-        adapter_digest=version.digest if version else "",
-        adapter_was_resident=lease.was_resident if lease else False,
+def _end(event: Ended) -> gpb.GenerationEnd:
+    usage = gpb.Usage(
+        prompt_tokens=event.prompt_tokens,
+        completion_tokens=event.completion_tokens,
+        cached_tokens=event.cached_tokens,
     )
-    return gpb.GenerateResponse(header=header)
-
-
-def _delta(chunk: EngineChunk) -> gpb.GenerateResponse:
-    return gpb.GenerateResponse(delta=gpb.GenerationDelta(text=chunk.text, token_ids=chunk.token_ids))
+    timings = gpb.Timings(adapter_s=event.adapter_s, first_token_s=event.first_token_s, total_s=event.total_s)
+    finish = _FINISH.get(event.finish_reason, gpb.FINISH_REASON_UNSPECIFIED)
+    return gpb.GenerationEnd(finish_reason=finish, usage=usage, timings=timings)

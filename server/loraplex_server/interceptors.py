@@ -1,56 +1,21 @@
-"""What every call passes before and after its method: identity, deadline, errors, one line in the access log.
+"""The guard of `calls` around every gRPC method, and its failures as statuses.
 
-Promises: a method runs only with a checked principal that has the right to call it; every call has a deadline;
-whatever a method raises becomes a status with `google.rpc.ErrorInfo` (unknown methods and undecodable messages too); an
-error of ours shows the caller an id, and the log the rest. Health and reflection are open to everybody.
+Promises: whatever a method raises becomes a status with `google.rpc.ErrorInfo`, unknown methods and undecodable
+messages too. Health and reflection are open to everybody.
 """
 
-import asyncio
-import logging
-import secrets
-import time
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 
-from loraplex_server.errors import ForbiddenError, InvalidRequestError
-from loraplex_server.identity.authenticator import Authenticator
-from loraplex_server.identity.principals import RIGHTS, Principal, may_call
+from loraplex_server.calls import FailedCallError, Guard
+from loraplex_server.errors import InvalidRequestError
 from loraplex_server.metrics import Metrics
-from loraplex_server.status import Failure, failure, failure_of
-
-_log = logging.getLogger(__name__)
-_access = logging.getLogger("loraplex.access")
+from loraplex_server.status import Failure, failure
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call in progress.
-
-    Attributes:
-        arrived: `time.monotonic()` in seconds: uvloop's own clock counts whole milliseconds.
-        deadline: of the event loop's clock, in seconds.
-    """
-
-    id: str
-    method: str
-    principal: Principal
-    arrived: float
-    deadline: float
-
-
-_CALL: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """The call that this task answers."""
-    return _CALL.get()
 
 
 class _Undecodable:
@@ -60,16 +25,9 @@ class _Undecodable:
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every method of our services; see the module's promises."""
 
-    def __init__(
-        self,
-        *,
-        authenticator: Authenticator,
-        metrics: Metrics,
-        default_deadline_s: float,
-    ) -> None:
-        self._authenticator = authenticator
+    def __init__(self, guard: Guard, metrics: Metrics) -> None:
+        self._guard = guard
         self._metrics = metrics
-        self._default_deadline_s = default_deadline_s
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """See `grpc.aio.ServerInterceptor`."""
@@ -93,47 +51,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, behaviour: Callable[..., Awaitable[Any]], *, method: str, authorization: object
     ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
-            arrived = time.monotonic()
-            call_id = secrets.token_hex(8)
-            who, reason = "-", "OK"
-            try:
-                principal = self._authenticator.principal(
-                    authorization if isinstance(authorization, str) else None, context.auth_context()
-                )
-                who = f"{principal.tenant}/{principal.name}"
-                if not may_call(principal, method):
-                    raise ForbiddenError(
-                        f"a {principal.role} may not {RIGHTS.get(method, 'do this')} adapters"
-                    )
+            async def work() -> Any:
                 if isinstance(request, _Undecodable):
                     raise InvalidRequestError("message", f"cannot be decoded as the request of {method}")
-                deadline = asyncio.get_running_loop().time() + self._budget(context)
-                _CALL.set(
-                    Call(id=call_id, method=method, principal=principal, arrived=arrived, deadline=deadline)
+                return await behaviour(request, context)
+
+            try:
+                return await self._guard.run(
+                    work,
+                    method=method,
+                    authorization=authorization if isinstance(authorization, str) else None,
+                    peer=context.auth_context(),
+                    remaining_s=context.time_remaining(),
                 )
-                return await _by(deadline, behaviour(request, context))
-            except asyncio.CancelledError:
-                reason = "CANCELLED"
-                raise
-            except Exception as error:
-                failed = self._failed(error, call_id=call_id, method=method)
-                reason = failed.reason
-                await _abort(context, failed)
-            finally:
-                self._log_access(method, who, reason, call_id, time.monotonic() - arrived)
+            except FailedCallError as failed:
+                await _abort(context, failed.failure)
 
         return call
-
-    def _budget(self, context: Any) -> float:
-        remaining = context.time_remaining()
-        return self._default_deadline_s if remaining is None else min(remaining, 86_400.0)
-
-    def _failed(self, error: Exception, *, call_id: str, method: str) -> Failure:
-        failed = failure_of(error, error_id=call_id)
-        self._metrics.call_failed(method.rpartition("/")[2], failed.reason)
-        if failed.reason == "INTERNAL":
-            _log.error("call %s of %s failed", call_id, method, exc_info=error)
-        return failed
 
     def _unimplemented(self, method: str) -> Callable[..., Awaitable[None]]:
         async def call(_request: Any, context: Any) -> None:
@@ -142,30 +76,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             await _abort(context, failed)
 
         return call
-
-    @staticmethod
-    def _log_access(method: str, who: str, reason: str, call_id: str, seconds: float) -> None:
-        _access.info(
-            "method=%s who=%s reason=%s call=%s ms=%.1f", method, who, reason, call_id, seconds * 1000
-        )
-
-
-class DeadlineExceededError(Exception):
-    """The call's own deadline passed."""
-
-    code = "DEADLINE_EXCEEDED"
-
-
-async def _by(deadline: float, work: Awaitable[Any]) -> Any:
-    """Await work until a moment of the loop's clock."""
-    timeout = asyncio.timeout_at(deadline)
-    try:
-        async with timeout:
-            return await work
-    except TimeoutError:
-        if timeout.expired():
-            raise DeadlineExceededError("the deadline of this call passed") from None
-        raise
 
 
 async def abort_with(context: Any, reason: str, message: str) -> NoReturn:

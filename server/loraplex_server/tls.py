@@ -1,4 +1,4 @@
-"""Encryption of the gRPC port: certificates that may be renewed while the server runs.
+"""Encryption of the gRPC and the HTTP port: certificates that may be renewed while the server runs.
 
 Every handshake uses the files as they are then. One that has become unreadable, or a key that does not belong to the
 certificate, leaves the last good pair in force and is logged. With a client CA every client must bring a certificate
@@ -6,6 +6,7 @@ that one of its issuers signed; what names it carries is told by `identity.authe
 """
 
 import logging
+import ssl
 import threading
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,30 @@ def server_credentials(settings: TlsSettings) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(
         files.configuration(), files.renewed, require_client_authentication=bool(settings.client_ca)
     )
+
+
+class HttpTls:
+    """The same for the HTTP port: a context whose files are looked at by `refresh`, not at every handshake."""
+
+    def __init__(self, settings: TlsSettings) -> None:
+        """Read the files.
+
+        Raises:
+            ConfigError: as `server_credentials`.
+        """
+        self._settings = settings
+        self._files = _Files(settings)
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if settings.client_ca:
+            self.context.load_verify_locations(settings.client_ca)
+            self.context.verify_mode = ssl.CERT_REQUIRED
+        self.context.load_cert_chain(settings.certificate, settings.key)
+
+    def refresh(self) -> None:
+        """Use renewed files for connections from now on; blocks."""
+        if self._files.renewed() is not None:
+            self.context.load_cert_chain(self._settings.certificate, self._settings.key)
 
 
 class _Files:

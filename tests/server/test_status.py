@@ -3,6 +3,7 @@
 from google.rpc import error_details_pb2
 
 from loraplex_registry.errors import RegistryError
+from loraplex_server.calls import DeadlineExceededError
 from loraplex_server.errors import (
     ConfigError,
     InvalidRequestError,
@@ -10,7 +11,6 @@ from loraplex_server.errors import (
     ServerError,
     TenantQuotaError,
 )
-from loraplex_server.interceptors import DeadlineExceededError
 from loraplex_server.status import INTERNAL, STATUS_OF_REASON, failure_of
 
 
