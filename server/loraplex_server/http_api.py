@@ -6,6 +6,7 @@ Every answer names the digests of base and adapter in headers. A caller that han
 aiohttp, because it lives in an event loop that others use as well, and cancels what a lost caller had asked for.
 """
 
+import asyncio
 import contextlib
 import json
 import math
@@ -161,7 +162,13 @@ class _Writer:
         return self._response is not None and self._response.prepared
 
     async def send(self, event: Event) -> None:
-        """Take one event of the generation."""
+        """Take one event of the generation; a caller that is gone is a cancelled call."""
+        try:
+            await self._send(event)
+        except ConnectionError as error:
+            raise asyncio.CancelledError from error
+
+    async def _send(self, event: Event) -> None:
         assert self.wanted is not None
         if isinstance(event, Started):
             await self._begin(event, self.wanted)
@@ -185,8 +192,8 @@ class _Writer:
     async def broken(self, failed: Failure) -> web.StreamResponse:
         """End a stream that has begun with an error object."""
         assert self._response is not None
-        await self._write(error_object(failed))
         with contextlib.suppress(ConnectionError):
+            await self._write(error_object(failed))
             await self._response.write_eof()
         return self._response
 

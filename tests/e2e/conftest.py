@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import boto3
 import numpy as np
@@ -74,6 +75,7 @@ class Stage:
         self.registry = Registry(open_store(self.url, endpoint_url=s3.endpoint_url))
         self.port = 0
         self.metrics_port = 0
+        self.http_port = 0
         self.encrypted: set[str] = set()  # digests whose bytes the server must keep off its disk
 
     @property
@@ -116,6 +118,7 @@ def write_settings(stage: Stage, path: Path, **changes: str) -> Path:
     values = {
         "server.listen": '"127.0.0.1:0"',
         "server.metrics_listen": '"127.0.0.1:0"',
+        "server.http_listen": '"127.0.0.1:0"',
         "model.path": f'"{stage.base_dir}"',
         "model.name": '"tiny"',
         "model.context_tokens": "128",
@@ -139,9 +142,18 @@ def write_settings(stage: Stage, path: Path, **changes: str) -> Path:
     return path
 
 
+class Served(NamedTuple):
+    """A running server: its ports and its process."""
+
+    grpc_port: int
+    http_port: int
+    metrics_port: int
+    process: subprocess.Popen[str]
+
+
 @contextlib.contextmanager
-def serving(settings: Path) -> Iterator[tuple[int, int, subprocess.Popen[str]]]:
-    """Run `loraplex serve`; gives its gRPC port, its metrics port and the process."""
+def serving(settings: Path) -> Iterator[Served]:
+    """Run `loraplex serve` until the block ends."""
     log = settings.with_suffix(".log")
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -157,11 +169,12 @@ def serving(settings: Path) -> Iterator[tuple[int, int, subprocess.Popen[str]]]:
             for line in process.stdout:
                 if line.startswith("ready: "):
                     grpc_port = int(line.split("gRPC on ")[1].split(",")[0].rpartition(":")[2])
+                    http_port = int(line.split("HTTP on port ")[1].split(",")[0])
                     metrics_port = int(line.split("http://")[1].split("/")[0].rpartition(":")[2])
                     break
             else:
                 raise AssertionError(f"the server ended before it was ready:\n{log.read_text()[-4000:]}")
-            yield grpc_port, metrics_port, process
+            yield Served(grpc_port, http_port, metrics_port, process)
         finally:
             process.terminate()
             try:
@@ -194,8 +207,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> Iterator[
 def server(stage: Stage) -> Iterator[Stage]:
     """The shared server. It is started while the S3 server cannot be reached, and must not mind."""
     stage.toxics.down()
-    with serving(write_settings(stage, stage.root / "server.toml")) as (port, metrics_port, _):
-        stage.port, stage.metrics_port = port, metrics_port
+    with serving(write_settings(stage, stage.root / "server.toml")) as served:
+        stage.port, stage.http_port, stage.metrics_port = served[:3]
         with stage.client() as client:
             stage.down_at_start = _first_error(client)
         stage.toxics.heal()

@@ -23,7 +23,7 @@ def test_an_int8_base_serves_adapters_made_for_the_same_base(
     for tenant in ("acme", "globex"):
         (folder / f"{tenant}.pub").write_text((stage.root / f"{tenant}.pub").read_text())
     settings = write_settings(stage, folder / "server.toml", model__quantization='"int8"')
-    with serving(settings) as (port, _, _), Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+    with serving(settings) as served, Client(f"127.0.0.1:{served.grpc_port}", timeout_s=60) as client:
         base = client.generate(PROMPT, sampling=SIXTEEN)
         adapted = client.generate(PROMPT, adapter="acme/on-int8", sampling=SIXTEEN)
     assert base.header.base_digest == adapted.header.base_digest == stage.base.digest

@@ -5,7 +5,9 @@ import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import openai
 import pytest
 
 from loraplex_client import Client, Sampling
@@ -133,3 +135,28 @@ def test_pinned_adapters_survive_churn(server: Stage, client: Client) -> None:
         generate(client, f"acme/churn{seed}")
     assert client.get_adapter("acme/good").state == "resident"
     client.unpin_adapter("acme/good")
+
+
+def test_a_per_tenant_conversation_over_http_is_the_one_over_grpc(server: Stage, client: Client) -> None:
+    """The stock `openai` client, streamed and whole, and gRPC get the same greedy tokens."""
+    server.publish("globex/talk", seed=310)
+    http = openai.OpenAI(base_url=f"http://127.0.0.1:{server.http_port}/v1", api_key="none", timeout=60)
+    for name in ("acme/good", "globex/talk"):
+        wanted = generate(client, name)
+        same: dict[str, Any] = {
+            "model": name,
+            "prompt": list(PROMPT.ids),
+            "max_tokens": 16,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": True},
+        }
+        whole = http.completions.with_raw_response.create(**same)
+        assert whole.headers["x-loraplex-adapter-digest"] == wanted.header.adapter_digest
+        assert whole.parse().choices[0].text == wanted.text
+        streamed = http.completions.create(**same, stream=True)
+        assert "".join(piece.choices[0].text for piece in streamed) == wanted.text
+    chat = http.chat.completions.create(
+        model="globex/talk", messages=[{"role": "user", "content": "order 3 lamps"}], max_tokens=4
+    )
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens <= 4

