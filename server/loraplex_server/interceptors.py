@@ -4,6 +4,7 @@ Promises: whatever a method raises becomes a status with `google.rpc.ErrorInfo`,
 messages too. Health and reflection are open to everybody.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -86,7 +87,15 @@ async def abort_with(context: Any, reason: str, message: str) -> NoReturn:
 
 async def _abort(context: Any, failed: Failure) -> None:
     trailer = (("grpc-status-details-bin", failed.proto.SerializeToString()),)
-    await context.abort(_STATUS_CODES[failed.code], failed.message, trailer)
+    try:
+        await context.abort(_STATUS_CODES[failed.code], failed.message, trailer)
+    except grpc.aio.AbortError:
+        raise  # how `abort` ends a method
+    except Exception as error:
+        if failed.reason != "DEADLINE_EXCEEDED":
+            raise
+        # The caller's own clock was first: gRPC has ended the call, and there is nobody to tell.
+        raise asyncio.CancelledError from error
 
 
 def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

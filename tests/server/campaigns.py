@@ -113,9 +113,9 @@ async def endings(shop: Shop, *, calls: int, seed: int) -> Endings:
                 "x",
                 adapter=adapter,
                 sampling=Sampling(max_tokens=rng.randint(1, 12)),
-                timeout_s=rng.choice([30.0, 30.0, rng.uniform(0.001, 0.03)]),
+                timeout_s=rng.choice([30.0, 30.0, rng.uniform(0.01, 0.3)]),
             )
-            give_up = rng.choice([None, None, rng.uniform(0, 0.02)])
+            give_up = rng.choice([None, rng.uniform(0.005, 0.3)])
             try:
                 async with asyncio.timeout(give_up):
                     async for _ in stream:
