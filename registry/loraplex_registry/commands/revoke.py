@@ -134,7 +134,7 @@ def _write(session: Session, tenant: str, entries: list[Revocation]) -> Result:
     value = _value(stored.statement) | {"changed": changed}
     done = "signed" if changed else "unchanged"
     return value, [
-        f"{tenant}: revocation list {done}, serial {stored.statement.serial}",
+        f"{tenant}: revocation list {done}, serial {stored.statement.serial}{_until(stored.statement)}",
         *_lines(stored.statement),
     ]
 
@@ -146,7 +146,7 @@ def _list(session: Session, tenant: str) -> Result:
         return {"tenant": tenant, "serial": None, "entries": []}, [f"{tenant} has no revocation list."]
     head = f"{tenant}: serial {statement.serial}, issued {statement.issued}"
     return _value(statement), [
-        head + (f", expires {statement.expires}" if statement.expires else ""),
+        head + _until(statement),
         *_lines(statement),
     ]
 
@@ -168,6 +168,10 @@ def _value(statement: RevocationList) -> dict[str, object]:
         "expires": statement.expires or None,
         "entries": [entry.to_value() for entry in statement.entries],
     }
+
+
+def _until(statement: RevocationList) -> str:
+    return f", expires {statement.expires}" if statement.expires else ""
 
 
 def _lines(statement: RevocationList) -> list[str]:
