@@ -223,7 +223,10 @@ async def _refresh(refreshes: Sequence[Callable[[], None]]) -> None:
     while True:
         await asyncio.sleep(CREDENTIALS_CHECK_INTERVAL_S)
         for refresh in refreshes:
-            await asyncio.to_thread(refresh)
+            try:
+                await asyncio.to_thread(refresh)
+            except Exception:  # whatever a file holds: the next change of another one must still be seen
+                _log.exception("changed credentials could not be read; what was in force stays")
 
 
 class _NoSource:

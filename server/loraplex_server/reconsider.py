@@ -26,7 +26,10 @@ async def reconsider_for_ever(versions: Versions, residency: Residency, *, inter
     """Decide again and again, until cancelled; no failure ends it."""
     while True:
         await asyncio.sleep(max(interval_s, INTERVAL_S_MIN))
-        await reconsider_all(versions, residency)
+        try:
+            await reconsider_all(versions, residency)
+        except Exception:  # an engine that is dying, a bug: revocations must not stop being seen
+            _log.exception("adapters could not be looked at again; the next round tries")
 
 
 async def reconsider_all(versions: Versions, residency: Residency) -> list[str]:

@@ -10,6 +10,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.trust.policy import TrustedKey
 from loraplex_registry.trust.revocations import Revocation
 from loraplex_registry.trust.revoking import append
+from loraplex_server.versions import AdapterVersion
 from tests.server.conftest import POLICY, Shop
 from tests.server.rig import FOUR, running, until
 
@@ -102,3 +103,27 @@ async def test_while_the_storage_is_silent_residents_go_on(shop: Shop) -> None:
         await asyncio.sleep(1.2)
         done = await client.generate("x", adapter="acme/orders@prod", sampling=FOUR)
         assert done.header.adapter_was_resident
+
+
+async def test_a_round_that_breaks_does_not_end_the_rounds(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody foresaw must not leave revoked adapters serving for ever after."""
+    bad = shop.publish("acme/orders", tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        await client.generate("x", adapter="acme/orders@prod", sampling=FOUR)
+        versions = rig.app._versions
+        assert versions is not None
+        kept, broken = versions.reconsider, []
+
+        async def breaks_once(version: AdapterVersion) -> None:
+            if not broken:
+                broken.append(version)
+                raise RuntimeError("on order")
+            await kept(version)
+
+        monkeypatch.setattr(versions, "reconsider", breaks_once)
+        revoke(shop, bad.digest)
+        await until(lambda: rig.app.residency.status(bad.digest) is None)
+        assert broken
+        assert "on order" in caplog.text
