@@ -132,6 +132,24 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         status = await self._gate.backend.residency.unpin(version.digest)
         return apb.UnpinAdapterResponse(adapter=_adapter(status) if status else _absent(version))
 
+    async def ValidateAdapter(  # noqa: N802
+        self, request: apb.ValidateAdapterRequest, _context: Any
+    ) -> apb.ValidateAdapterResponse:
+        """Every check of a load, without loading."""
+        raise NotImplementedError
+
+    async def GetRollout(  # noqa: N802
+        self, request: apb.GetRolloutRequest, _context: Any
+    ) -> apb.GetRolloutResponse:
+        """How an adapter's calls are split."""
+        raise NotImplementedError
+
+    async def ResumeRollout(  # noqa: N802
+        self, request: apb.ResumeRolloutRequest, _context: Any
+    ) -> apb.ResumeRolloutResponse:
+        """Give a canary its share again."""
+        raise NotImplementedError
+
     async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
         return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
 

@@ -29,6 +29,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             lambda backend: parse_generate(request, prompt_chars_max=backend.prompt_chars_max), send
         )
 
+    async def Tokenize(self, request: gpb.TokenizeRequest, context: Any) -> gpb.TokenizeResponse:  # noqa: N802
+        """The token ids of a prompt."""
+        raise NotImplementedError
+
+    async def Embed(self, request: gpb.EmbedRequest, context: Any) -> gpb.EmbedResponse:  # noqa: N802
+        """One vector for a prompt."""
+        raise NotImplementedError
+
 
 def _message(event: Event) -> gpb.GenerateResponse:
     if isinstance(event, EngineChunk):

@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!loraplex_protos/v1/adapters.proto\x12\x0bloraplex.v1\"\xce\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x17\n\x0f\x61\x63tive_requests\x18\n \x01(\r\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x80\x01\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x13\n\x0bslots_total\x18\x03 \x01(\r\x12\x12\n\nslots_used\x18\x04 \x01(\r\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"%\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x9f\x01\n\x13LoadAdapterResponse\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.loraplex.v1.LoadPhase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12%\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"-\n\x15UnloadAdapterResponse\x12\x14\n\x0cwas_resident\x18\x01 \x01(\x08\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter*\xb6\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x41PTER_STATE_ABSENT\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_FETCHING\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x05*\xad\x01\n\tLoadPhase\x12\x1a\n\x16LOAD_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_PHASE_RESOLVE\x10\x01\x12\x15\n\x11LOAD_PHASE_VERIFY\x10\x02\x12\x14\n\x10LOAD_PHASE_FETCH\x10\x03\x12\x14\n\x10LOAD_PHASE_CHECK\x10\x04\x12\x13\n\x0fLOAD_PHASE_LOAD\x10\x05\x12\x14\n\x10LOAD_PHASE_READY\x10\x06\x32\x84\x04\n\x0e\x41\x64\x61pterService\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x1f.loraplex.v1.GetAdapterResponse\x12R\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a .loraplex.v1.LoadAdapterResponse0\x01\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12M\n\nPinAdapter\x12\x1e.loraplex.v1.PinAdapterRequest\x1a\x1f.loraplex.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .loraplex.v1.UnpinAdapterRequest\x1a!.loraplex.v1.UnpinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!loraplex_protos/v1/adapters.proto\x12\x0bloraplex.v1\"\xce\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x17\n\x0f\x61\x63tive_requests\x18\n \x01(\r\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x80\x01\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x13\n\x0bslots_total\x18\x03 \x01(\r\x12\x12\n\nslots_used\x18\x04 \x01(\r\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"9\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x12\n\nstage_only\x18\x02 \x01(\x08\"\x9f\x01\n\x13LoadAdapterResponse\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.loraplex.v1.LoadPhase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12%\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"-\n\x15UnloadAdapterResponse\x12\x14\n\x0cwas_resident\x18\x01 \x01(\x08\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\")\n\x16ValidateAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\xa7\x01\n\x17ValidateAdapterResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x12)\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x19.loraplex.v1.AdapterCheck\x12%\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x14.loraplex.v1.Adapter\x12+\n\x08\x66orecast\x18\x04 \x01(\x0b\x32\x19.loraplex.v1.LoadForecast\"h\n\x0c\x41\x64\x61pterCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.loraplex.v1.CheckOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"^\n\x0cLoadForecast\x12\x14\n\x0cstaged_bytes\x18\x01 \x01(\x04\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cslot_at_once\x18\x03 \x01(\x08\x12\x0e\n\x06\x65victs\x18\x04 \x01(\x08\"$\n\x11GetRolloutRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12GetRolloutResponse\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Rollout\"\'\n\x14ResumeRolloutRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\">\n\x15ResumeRolloutResponse\x12%\n\x07rollout\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Rollout\"A\n\x07Rollout\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12%\n\x04\x61rms\x18\x02 \x03(\x0b\x32\x17.loraplex.v1.RolloutArm\"\xa8\x01\n\nRolloutArm\x12\x0b\n\x03tag\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\r\x12\r\n\x05share\x18\x04 \x01(\x01\x12\x11\n\tcompleted\x18\x05 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\r\x12\x15\n\rfirst_token_s\x18\x07 \x01(\x01\x12\x0f\n\x07token_s\x18\x08 \x01(\x01\x12\x13\n\x0brolled_back\x18\t \x01(\t*\xd0\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x41PTER_STATE_ABSENT\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_FETCHING\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x05\x12\x18\n\x14\x41\x44\x41PTER_STATE_STAGED\x10\x06*\xad\x01\n\tLoadPhase\x12\x1a\n\x16LOAD_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_PHASE_RESOLVE\x10\x01\x12\x15\n\x11LOAD_PHASE_VERIFY\x10\x02\x12\x14\n\x10LOAD_PHASE_FETCH\x10\x03\x12\x14\n\x10LOAD_PHASE_CHECK\x10\x04\x12\x13\n\x0fLOAD_PHASE_LOAD\x10\x05\x12\x14\n\x10LOAD_PHASE_READY\x10\x06*}\n\x0c\x43heckOutcome\x12\x1d\n\x19\x43HECK_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECK_OUTCOME_PASSED\x10\x01\x12\x18\n\x14\x43HECK_OUTCOME_FAILED\x10\x02\x12\x1a\n\x16\x43HECK_OUTCOME_NOT_MADE\x10\x03\x32\x89\x06\n\x0e\x41\x64\x61pterService\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x1f.loraplex.v1.GetAdapterResponse\x12R\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a .loraplex.v1.LoadAdapterResponse0\x01\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12M\n\nPinAdapter\x12\x1e.loraplex.v1.PinAdapterRequest\x1a\x1f.loraplex.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .loraplex.v1.UnpinAdapterRequest\x1a!.loraplex.v1.UnpinAdapterResponse\x12\\\n\x0fValidateAdapter\x12#.loraplex.v1.ValidateAdapterRequest\x1a$.loraplex.v1.ValidateAdapterResponse\x12M\n\nGetRollout\x12\x1e.loraplex.v1.GetRolloutRequest\x1a\x1f.loraplex.v1.GetRolloutResponse\x12V\n\rResumeRollout\x12!.loraplex.v1.ResumeRolloutRequest\x1a\".loraplex.v1.ResumeRolloutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex_protos.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=1043
-  _globals['_ADAPTERSTATE']._serialized_end=1225
-  _globals['_LOADPHASE']._serialized_start=1228
-  _globals['_LOADPHASE']._serialized_end=1401
+  _globals['_ADAPTERSTATE']._serialized_start=1920
+  _globals['_ADAPTERSTATE']._serialized_end=2128
+  _globals['_LOADPHASE']._serialized_start=2131
+  _globals['_LOADPHASE']._serialized_end=2304
+  _globals['_CHECKOUTCOME']._serialized_start=2306
+  _globals['_CHECKOUTCOME']._serialized_end=2431
   _globals['_ADAPTER']._serialized_start=51
   _globals['_ADAPTER']._serialized_end=257
   _globals['_LISTADAPTERSREQUEST']._serialized_start=259
@@ -46,21 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETADAPTERRESPONSE']._serialized_start=490
   _globals['_GETADAPTERRESPONSE']._serialized_end=549
   _globals['_LOADADAPTERREQUEST']._serialized_start=551
-  _globals['_LOADADAPTERREQUEST']._serialized_end=588
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=591
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=750
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=752
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=791
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=793
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=838
-  _globals['_PINADAPTERREQUEST']._serialized_start=840
-  _globals['_PINADAPTERREQUEST']._serialized_end=876
-  _globals['_PINADAPTERRESPONSE']._serialized_start=878
-  _globals['_PINADAPTERRESPONSE']._serialized_end=937
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=939
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=977
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=979
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1040
-  _globals['_ADAPTERSERVICE']._serialized_start=1404
-  _globals['_ADAPTERSERVICE']._serialized_end=1920
+  _globals['_LOADADAPTERREQUEST']._serialized_end=608
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=611
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=770
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=772
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=811
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=813
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=858
+  _globals['_PINADAPTERREQUEST']._serialized_start=860
+  _globals['_PINADAPTERREQUEST']._serialized_end=896
+  _globals['_PINADAPTERRESPONSE']._serialized_start=898
+  _globals['_PINADAPTERRESPONSE']._serialized_end=957
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=959
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=997
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=999
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1060
+  _globals['_VALIDATEADAPTERREQUEST']._serialized_start=1062
+  _globals['_VALIDATEADAPTERREQUEST']._serialized_end=1103
+  _globals['_VALIDATEADAPTERRESPONSE']._serialized_start=1106
+  _globals['_VALIDATEADAPTERRESPONSE']._serialized_end=1273
+  _globals['_ADAPTERCHECK']._serialized_start=1275
+  _globals['_ADAPTERCHECK']._serialized_end=1379
+  _globals['_LOADFORECAST']._serialized_start=1381
+  _globals['_LOADFORECAST']._serialized_end=1475
+  _globals['_GETROLLOUTREQUEST']._serialized_start=1477
+  _globals['_GETROLLOUTREQUEST']._serialized_end=1513
+  _globals['_GETROLLOUTRESPONSE']._serialized_start=1515
+  _globals['_GETROLLOUTRESPONSE']._serialized_end=1574
+  _globals['_RESUMEROLLOUTREQUEST']._serialized_start=1576
+  _globals['_RESUMEROLLOUTREQUEST']._serialized_end=1615
+  _globals['_RESUMEROLLOUTRESPONSE']._serialized_start=1617
+  _globals['_RESUMEROLLOUTRESPONSE']._serialized_end=1679
+  _globals['_ROLLOUT']._serialized_start=1681
+  _globals['_ROLLOUT']._serialized_end=1746
+  _globals['_ROLLOUTARM']._serialized_start=1749
+  _globals['_ROLLOUTARM']._serialized_end=1917
+  _globals['_ADAPTERSERVICE']._serialized_start=2434
+  _globals['_ADAPTERSERVICE']._serialized_end=3211
 # @@protoc_insertion_point(module_scope)

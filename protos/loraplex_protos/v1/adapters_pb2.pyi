@@ -39,6 +39,8 @@ class _AdapterStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """Serving."""
     ADAPTER_STATE_DRAINING: _AdapterState.ValueType  # 5
     """Finishing its running requests before it goes."""
+    ADAPTER_STATE_STAGED: _AdapterState.ValueType  # 6
+    """Verified bytes are in memory, without a slot of the engine."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper): ...
 
@@ -53,6 +55,8 @@ ADAPTER_STATE_RESIDENT: AdapterState.ValueType  # 4
 """Serving."""
 ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 5
 """Finishing its running requests before it goes."""
+ADAPTER_STATE_STAGED: AdapterState.ValueType  # 6
+"""Verified bytes are in memory, without a slot of the engine."""
 global___AdapterState = AdapterState
 
 class _LoadPhase:
@@ -73,7 +77,7 @@ class _LoadPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     LOAD_PHASE_LOAD: _LoadPhase.ValueType  # 5
     """Waiting for a slot, then copying into the engine."""
     LOAD_PHASE_READY: _LoadPhase.ValueType  # 6
-    """In memory and serving. The last message."""
+    """In memory, and serving unless stage_only was set. The last message."""
 
 class LoadPhase(_LoadPhase, metaclass=_LoadPhaseEnumTypeWrapper): ...
 
@@ -89,8 +93,27 @@ LOAD_PHASE_CHECK: LoadPhase.ValueType  # 4
 LOAD_PHASE_LOAD: LoadPhase.ValueType  # 5
 """Waiting for a slot, then copying into the engine."""
 LOAD_PHASE_READY: LoadPhase.ValueType  # 6
-"""In memory and serving. The last message."""
+"""In memory, and serving unless stage_only was set. The last message."""
 global___LoadPhase = LoadPhase
+
+class _CheckOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CheckOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CheckOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHECK_OUTCOME_UNSPECIFIED: _CheckOutcome.ValueType  # 0
+    CHECK_OUTCOME_PASSED: _CheckOutcome.ValueType  # 1
+    CHECK_OUTCOME_FAILED: _CheckOutcome.ValueType  # 2
+    CHECK_OUTCOME_NOT_MADE: _CheckOutcome.ValueType  # 3
+
+class CheckOutcome(_CheckOutcome, metaclass=_CheckOutcomeEnumTypeWrapper): ...
+
+CHECK_OUTCOME_UNSPECIFIED: CheckOutcome.ValueType  # 0
+CHECK_OUTCOME_PASSED: CheckOutcome.ValueType  # 1
+CHECK_OUTCOME_FAILED: CheckOutcome.ValueType  # 2
+CHECK_OUTCOME_NOT_MADE: CheckOutcome.ValueType  # 3
+global___CheckOutcome = CheckOutcome
 
 @typing.final
 class Adapter(google.protobuf.message.Message):
@@ -225,13 +248,17 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: builtins.int
+    STAGE_ONLY_FIELD_NUMBER: builtins.int
     adapter: builtins.str
+    stage_only: builtins.bool
+    """True: only bring it into memory, so that a later load is quick; it takes no slot."""
     def __init__(
         self,
         *,
         adapter: builtins.str = ...,
+        stage_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "stage_only", b"stage_only"]) -> None: ...
 
 global___LoadAdapterRequest = LoadAdapterRequest
 
@@ -362,3 +389,240 @@ class UnpinAdapterResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
 
 global___UnpinAdapterResponse = UnpinAdapterResponse
+
+@typing.final
+class ValidateAdapterRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
+
+global___ValidateAdapterRequest = ValidateAdapterRequest
+
+@typing.final
+class ValidateAdapterResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VALID_FIELD_NUMBER: builtins.int
+    CHECKS_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    FORECAST_FIELD_NUMBER: builtins.int
+    valid: builtins.bool
+    """Whether every check passed."""
+    @property
+    def checks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AdapterCheck]:
+        """In the order in which a load makes them; those after one that failed were not made."""
+
+    @property
+    def adapter(self) -> global___Adapter:
+        """Unset where a check failed before it was known."""
+
+    @property
+    def forecast(self) -> global___LoadForecast: ...
+    def __init__(
+        self,
+        *,
+        valid: builtins.bool = ...,
+        checks: collections.abc.Iterable[global___AdapterCheck] | None = ...,
+        adapter: global___Adapter | None = ...,
+        forecast: global___LoadForecast | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter", "forecast", b"forecast"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "checks", b"checks", "forecast", b"forecast", "valid", b"valid"]) -> None: ...
+
+global___ValidateAdapterResponse = ValidateAdapterResponse
+
+@typing.final
+class AdapterCheck(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Such as "signature", "base" or "weights"."""
+    outcome: global___CheckOutcome.ValueType
+    reason: builtins.str
+    """Why, where it failed: the reason a load would end with."""
+    detail: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        outcome: global___CheckOutcome.ValueType = ...,
+        reason: builtins.str = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "name", b"name", "outcome", b"outcome", "reason", b"reason"]) -> None: ...
+
+global___AdapterCheck = AdapterCheck
+
+@typing.final
+class LoadForecast(google.protobuf.message.Message):
+    """What loading it now would need."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGED_BYTES_FIELD_NUMBER: builtins.int
+    SLOT_BYTES_FIELD_NUMBER: builtins.int
+    SLOT_AT_ONCE_FIELD_NUMBER: builtins.int
+    EVICTS_FIELD_NUMBER: builtins.int
+    staged_bytes: builtins.int
+    """Bytes in memory beside the engine while it is staged."""
+    slot_bytes: builtins.int
+    """Bytes that its slot takes in the engine, whatever its rank; reserved since the start."""
+    slot_at_once: builtins.bool
+    """Whether a slot is free or can be made free without waiting for a call to end."""
+    evicts: builtins.bool
+    """Whether another adapter would have to leave the engine."""
+    def __init__(
+        self,
+        *,
+        staged_bytes: builtins.int = ...,
+        slot_bytes: builtins.int = ...,
+        slot_at_once: builtins.bool = ...,
+        evicts: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evicts", b"evicts", "slot_at_once", b"slot_at_once", "slot_bytes", b"slot_bytes", "staged_bytes", b"staged_bytes"]) -> None: ...
+
+global___LoadForecast = LoadForecast
+
+@typing.final
+class GetRolloutRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """"tenant/adapter", without a tag."""
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
+
+global___GetRolloutRequest = GetRolloutRequest
+
+@typing.final
+class GetRolloutResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLLOUT_FIELD_NUMBER: builtins.int
+    @property
+    def rollout(self) -> global___Rollout: ...
+    def __init__(
+        self,
+        *,
+        rollout: global___Rollout | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["rollout", b"rollout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["rollout", b"rollout"]) -> None: ...
+
+global___GetRolloutResponse = GetRolloutResponse
+
+@typing.final
+class ResumeRolloutRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """"tenant/adapter", without a tag."""
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter"]) -> None: ...
+
+global___ResumeRolloutRequest = ResumeRolloutRequest
+
+@typing.final
+class ResumeRolloutResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLLOUT_FIELD_NUMBER: builtins.int
+    @property
+    def rollout(self) -> global___Rollout: ...
+    def __init__(
+        self,
+        *,
+        rollout: global___Rollout | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["rollout", b"rollout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["rollout", b"rollout"]) -> None: ...
+
+global___ResumeRolloutResponse = ResumeRolloutResponse
+
+@typing.final
+class Rollout(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    ARMS_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """"tenant/adapter"."""
+    @property
+    def arms(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RolloutArm]:
+        """The stable tag first."""
+
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+        arms: collections.abc.Iterable[global___RolloutArm] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "arms", b"arms"]) -> None: ...
+
+global___Rollout = Rollout
+
+@typing.final
+class RolloutArm(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    COMPLETED_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: builtins.int
+    TOKEN_S_FIELD_NUMBER: builtins.int
+    ROLLED_BACK_FIELD_NUMBER: builtins.int
+    tag: builtins.str
+    digest: builtins.str
+    """Empty where the tag is not set."""
+    weight: builtins.int
+    """As configured."""
+    share: builtins.float
+    """Share of calls it gets now, 0 to 1."""
+    completed: builtins.int
+    """Calls it answered and calls that failed by a fault of ours or of the adapter's, in the window that is judged."""
+    failed: builtins.int
+    first_token_s: builtins.float
+    """Medians of that window, in seconds; 0 before there are any."""
+    token_s: builtins.float
+    rolled_back: builtins.str
+    """Why it was rolled back; empty while it was not."""
+    def __init__(
+        self,
+        *,
+        tag: builtins.str = ...,
+        digest: builtins.str = ...,
+        weight: builtins.int = ...,
+        share: builtins.float = ...,
+        completed: builtins.int = ...,
+        failed: builtins.int = ...,
+        first_token_s: builtins.float = ...,
+        token_s: builtins.float = ...,
+        rolled_back: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completed", b"completed", "digest", b"digest", "failed", b"failed", "first_token_s", b"first_token_s", "rolled_back", b"rolled_back", "share", b"share", "tag", b"tag", "token_s", b"token_s", "weight", b"weight"]) -> None: ...
+
+global___RolloutArm = RolloutArm

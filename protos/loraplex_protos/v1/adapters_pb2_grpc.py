@@ -64,6 +64,21 @@ class AdapterServiceStub(object):
                 request_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
                 response_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
                 _registered_method=True)
+        self.ValidateAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/ValidateAdapter',
+                request_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterRequest.SerializeToString,
+                response_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterResponse.FromString,
+                _registered_method=True)
+        self.GetRollout = channel.unary_unary(
+                '/loraplex.v1.AdapterService/GetRollout',
+                request_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutRequest.SerializeToString,
+                response_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutResponse.FromString,
+                _registered_method=True)
+        self.ResumeRollout = channel.unary_unary(
+                '/loraplex.v1.AdapterService/ResumeRollout',
+                request_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutRequest.SerializeToString,
+                response_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -112,6 +127,27 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ValidateAdapter(self, request, context):
+        """Every check of a load without loading, with what a load would need. Changes nothing that others see.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRollout(self, request, context):
+        """How the calls for an adapter are split between its tags, and how its canary does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRollout(self, request, context):
+        """Lets a canary that was rolled back have its share again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +180,21 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnpinAdapter,
                     request_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
                     response_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'ValidateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ValidateAdapter,
+                    request_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterRequest.FromString,
+                    response_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterResponse.SerializeToString,
+            ),
+            'GetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollout,
+                    request_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutRequest.FromString,
+                    response_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutResponse.SerializeToString,
+            ),
+            'ResumeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRollout,
+                    request_deserializer=loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutRequest.FromString,
+                    response_serializer=loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -308,6 +359,87 @@ class AdapterService(object):
             '/loraplex.v1.AdapterService/UnpinAdapter',
             loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
             loraplex__protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/ValidateAdapter',
+            loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterRequest.SerializeToString,
+            loraplex__protos_dot_v1_dot_adapters__pb2.ValidateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/GetRollout',
+            loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutRequest.SerializeToString,
+            loraplex__protos_dot_v1_dot_adapters__pb2.GetRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/ResumeRollout',
+            loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutRequest.SerializeToString,
+            loraplex__protos_dot_v1_dot_adapters__pb2.ResumeRolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,24 @@ class AdapterServiceStub:
     ]
     """Makes a pinned adapter evictable again."""
 
+    ValidateAdapter: grpc.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.ValidateAdapterRequest,
+        loraplex_protos.v1.adapters_pb2.ValidateAdapterResponse,
+    ]
+    """Every check of a load without loading, with what a load would need. Changes nothing that others see."""
+
+    GetRollout: grpc.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.GetRolloutRequest,
+        loraplex_protos.v1.adapters_pb2.GetRolloutResponse,
+    ]
+    """How the calls for an adapter are split between its tags, and how its canary does."""
+
+    ResumeRollout: grpc.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.ResumeRolloutRequest,
+        loraplex_protos.v1.adapters_pb2.ResumeRolloutResponse,
+    ]
+    """Lets a canary that was rolled back have its share again."""
+
 class AdapterServiceAsyncStub:
     ListAdapters: grpc.aio.UnaryUnaryMultiCallable[
         loraplex_protos.v1.adapters_pb2.ListAdaptersRequest,
@@ -98,6 +116,24 @@ class AdapterServiceAsyncStub:
         loraplex_protos.v1.adapters_pb2.UnpinAdapterResponse,
     ]
     """Makes a pinned adapter evictable again."""
+
+    ValidateAdapter: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.ValidateAdapterRequest,
+        loraplex_protos.v1.adapters_pb2.ValidateAdapterResponse,
+    ]
+    """Every check of a load without loading, with what a load would need. Changes nothing that others see."""
+
+    GetRollout: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.GetRolloutRequest,
+        loraplex_protos.v1.adapters_pb2.GetRolloutResponse,
+    ]
+    """How the calls for an adapter are split between its tags, and how its canary does."""
+
+    ResumeRollout: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.adapters_pb2.ResumeRolloutRequest,
+        loraplex_protos.v1.adapters_pb2.ResumeRolloutResponse,
+    ]
+    """Lets a canary that was rolled back have its share again."""
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -149,5 +185,29 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[loraplex_protos.v1.adapters_pb2.UnpinAdapterResponse, collections.abc.Awaitable[loraplex_protos.v1.adapters_pb2.UnpinAdapterResponse]]:
         """Makes a pinned adapter evictable again."""
+
+    @abc.abstractmethod
+    def ValidateAdapter(
+        self,
+        request: loraplex_protos.v1.adapters_pb2.ValidateAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex_protos.v1.adapters_pb2.ValidateAdapterResponse, collections.abc.Awaitable[loraplex_protos.v1.adapters_pb2.ValidateAdapterResponse]]:
+        """Every check of a load without loading, with what a load would need. Changes nothing that others see."""
+
+    @abc.abstractmethod
+    def GetRollout(
+        self,
+        request: loraplex_protos.v1.adapters_pb2.GetRolloutRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex_protos.v1.adapters_pb2.GetRolloutResponse, collections.abc.Awaitable[loraplex_protos.v1.adapters_pb2.GetRolloutResponse]]:
+        """How the calls for an adapter are split between its tags, and how its canary does."""
+
+    @abc.abstractmethod
+    def ResumeRollout(
+        self,
+        request: loraplex_protos.v1.adapters_pb2.ResumeRolloutRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex_protos.v1.adapters_pb2.ResumeRolloutResponse, collections.abc.Awaitable[loraplex_protos.v1.adapters_pb2.ResumeRolloutResponse]]:
+        """Lets a canary that was rolled back have its share again."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -24,37 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#loraplex_protos/v1/generation.proto\x12\x0bloraplex.v1\"\xe0\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc8\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eos\"\xa6\x01\n\x10GenerateResponse\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.loraplex.v1.GenerationHeaderH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.loraplex.v1.GenerationDeltaH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.loraplex.v1.GenerationEndH\x00\x42\x07\n\x05\x65vent\"\x96\x01\n\x10GenerationHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x1c\n\x14\x61\x64\x61pter_was_resident\x18\x06 \x01(\x08\"2\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x8b\x01\n\rGenerationEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.loraplex.v1.Timings\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"D\n\x07Timings\x12\x11\n\tadapter_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32^\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#loraplex_protos/v1/generation.proto\x12\x0bloraplex.v1\"\xf1\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0f\n\x07session\x18\x08 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xe4\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x12\x38\n\x11structured_output\x18\x0f \x01(\x0b\x32\x1d.loraplex.v1.StructuredOutput\x12\x17\n\nmin_tokens\x18\x10 \x01(\rH\x0c\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobsB\r\n\x0b_min_tokens\"}\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.ChoicesH\x00\x42\x06\n\x04\x66orm\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa6\x01\n\x10GenerateResponse\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.loraplex.v1.GenerationHeaderH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.loraplex.v1.GenerationDeltaH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.loraplex.v1.GenerationEndH\x00\x42\x07\n\x05\x65vent\"\xab\x01\n\x10GenerationHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x1c\n\x14\x61\x64\x61pter_was_resident\x18\x06 \x01(\x08\x12\x13\n\x0b\x61\x64\x61pter_tag\x18\x07 \x01(\t\"o\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\"F\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xbe\x01\n\rGenerationEnd\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.loraplex.v1.Timings\x12\x31\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32\x19.loraplex.v1.FinishReason\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"D\n\x07Timings\x12\x11\n\tadapter_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"N\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x42\x08\n\x06prompt\"=\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\"e\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\x9b\x01\n\rEmbedResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.loraplex.v1.GenerationHeader\x12\x11\n\tembedding\x18\x02 \x03(\x02\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.loraplex.v1.Timings*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe7\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12>\n\x05\x45mbed\x12\x19.loraplex.v1.EmbedRequest\x1a\x1a.loraplex.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex_protos.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1529
-  _globals['_FINISHREASON']._serialized_end=1624
+  _globals['_FINISHREASON']._serialized_start=2527
+  _globals['_FINISHREASON']._serialized_end=2622
   _globals['_GENERATEREQUEST']._serialized_start=53
-  _globals['_GENERATEREQUEST']._serialized_end=277
-  _globals['_TOKENIDS']._serialized_start=279
-  _globals['_TOKENIDS']._serialized_end=302
-  _globals['_CHAT']._serialized_start=304
-  _globals['_CHAT']._serialized_end=354
-  _globals['_CHATMESSAGE']._serialized_start=356
-  _globals['_CHATMESSAGE']._serialized_end=400
-  _globals['_SAMPLINGPARAMS']._serialized_start=403
-  _globals['_SAMPLINGPARAMS']._serialized_end=859
-  _globals['_GENERATERESPONSE']._serialized_start=862
-  _globals['_GENERATERESPONSE']._serialized_end=1028
-  _globals['_GENERATIONHEADER']._serialized_start=1031
-  _globals['_GENERATIONHEADER']._serialized_end=1181
-  _globals['_GENERATIONDELTA']._serialized_start=1183
-  _globals['_GENERATIONDELTA']._serialized_end=1233
-  _globals['_GENERATIONEND']._serialized_start=1236
-  _globals['_GENERATIONEND']._serialized_end=1375
-  _globals['_USAGE']._serialized_start=1377
-  _globals['_USAGE']._serialized_end=1457
-  _globals['_TIMINGS']._serialized_start=1459
-  _globals['_TIMINGS']._serialized_end=1527
-  _globals['_GENERATIONSERVICE']._serialized_start=1626
-  _globals['_GENERATIONSERVICE']._serialized_end=1720
+  _globals['_GENERATEREQUEST']._serialized_end=294
+  _globals['_TOKENIDS']._serialized_start=296
+  _globals['_TOKENIDS']._serialized_end=319
+  _globals['_CHAT']._serialized_start=321
+  _globals['_CHAT']._serialized_end=371
+  _globals['_CHATMESSAGE']._serialized_start=373
+  _globals['_CHATMESSAGE']._serialized_end=417
+  _globals['_SAMPLINGPARAMS']._serialized_start=420
+  _globals['_SAMPLINGPARAMS']._serialized_end=1032
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=1034
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1159
+  _globals['_CHOICES']._serialized_start=1161
+  _globals['_CHOICES']._serialized_end=1185
+  _globals['_GENERATERESPONSE']._serialized_start=1188
+  _globals['_GENERATERESPONSE']._serialized_end=1354
+  _globals['_GENERATIONHEADER']._serialized_start=1357
+  _globals['_GENERATIONHEADER']._serialized_end=1528
+  _globals['_GENERATIONDELTA']._serialized_start=1530
+  _globals['_GENERATIONDELTA']._serialized_end=1641
+  _globals['_TOKENLOGPROBS']._serialized_start=1643
+  _globals['_TOKENLOGPROBS']._serialized_end=1713
+  _globals['_TOPLOGPROB']._serialized_start=1715
+  _globals['_TOPLOGPROB']._serialized_end=1776
+  _globals['_GENERATIONEND']._serialized_start=1779
+  _globals['_GENERATIONEND']._serialized_end=1969
+  _globals['_USAGE']._serialized_start=1971
+  _globals['_USAGE']._serialized_end=2051
+  _globals['_TIMINGS']._serialized_start=2053
+  _globals['_TIMINGS']._serialized_end=2121
+  _globals['_TOKENIZEREQUEST']._serialized_start=2123
+  _globals['_TOKENIZEREQUEST']._serialized_end=2201
+  _globals['_TOKENIZERESPONSE']._serialized_start=2203
+  _globals['_TOKENIZERESPONSE']._serialized_end=2264
+  _globals['_EMBEDREQUEST']._serialized_start=2266
+  _globals['_EMBEDREQUEST']._serialized_end=2367
+  _globals['_EMBEDRESPONSE']._serialized_start=2370
+  _globals['_EMBEDRESPONSE']._serialized_end=2525
+  _globals['_GENERATIONSERVICE']._serialized_start=2625
+  _globals['_GENERATIONSERVICE']._serialized_end=2856
 # @@protoc_insertion_point(module_scope)

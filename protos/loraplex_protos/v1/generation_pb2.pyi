@@ -55,18 +55,23 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     adapter: builtins.str
     """"tenant/adapter", "tenant/adapter@tag", "tenant/adapter@version" or
     "tenant/adapter@sha256:<64 hex digits>". Empty: the base model without an adapter.
+    "tenant/adapter@prod=95,canary=5" splits calls between tags by weight; see `session`.
     """
     text: builtins.str
     """Raw text, tokenized as it stands."""
     request_id: builtins.str
-    """Chosen by the caller to find the call in logs; the server makes one when it is empty.
-    At most 128 characters of [A-Za-z0-9._-].
+    """Chosen by the caller; the server makes one when it is empty. At most 128 characters of [A-Za-z0-9._-].
+    A second call with the same id and the same content joins the first while it runs, and is told its answer again
+    for a while after it has completed: nothing is generated twice. With other content it is refused.
     """
     priority: builtins.int
     """Greater goes first among the waiting calls of the same tenant; never before another tenant's. -100 to 100."""
+    session: builtins.str
+    """Calls with the same session get the same tag of a split. At most 128 characters; empty: each call by itself."""
     @property
     def token_ids(self) -> global___TokenIds:
         """Token ids of the base model's tokenizer, used as they stand."""
@@ -87,9 +92,10 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: global___SamplingParams | None = ...,
         request_id: builtins.str = ...,
         priority: builtins.int = ...,
+        session: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session", b"session", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids", "chat"] | None: ...
 
 global___GenerateRequest = GenerateRequest
@@ -167,6 +173,10 @@ class SamplingParams(google.protobuf.message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
     REPETITION_PENALTY_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
+    N_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: builtins.int
+    MIN_TOKENS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     """Tokens to generate at most, 1 or more. Default: 256, cut to what the context leaves."""
     temperature: builtins.float
@@ -187,6 +197,12 @@ class SamplingParams(google.protobuf.message.Message):
     """Above 0, up to 2. Default 1."""
     ignore_eos: builtins.bool
     """Go on after the end-of-sequence token (for benchmarks). Default false."""
+    n: builtins.int
+    """Completions of the same prompt, 1 to 16. Default 1. Each counts as a call at the engine."""
+    logprobs: builtins.int
+    """Log-probabilities of each token and of this many likeliest ones, 0 to 20. Unset: none."""
+    min_tokens: builtins.int
+    """Tokens before the end-of-sequence token or a stop may come, at most max_tokens. Default 0."""
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Up to 16 strings of up to 128 characters; generation ends before the first that appears."""
@@ -194,6 +210,10 @@ class SamplingParams(google.protobuf.message.Message):
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Up to 16 token ids that end generation."""
+
+    @property
+    def structured_output(self) -> global___StructuredOutput:
+        """What the answer must look like. Unset: anything."""
 
     def __init__(
         self,
@@ -210,17 +230,27 @@ class SamplingParams(google.protobuf.message.Message):
         frequency_penalty: builtins.float | None = ...,
         repetition_penalty: builtins.float | None = ...,
         ignore_eos: builtins.bool | None = ...,
+        n: builtins.int | None = ...,
+        logprobs: builtins.int | None = ...,
+        structured_output: global___StructuredOutput | None = ...,
+        min_tokens: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structured_output", b"structured_output", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "structured_output", b"structured_output", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_ignore_eos", b"_ignore_eos"]) -> typing.Literal["ignore_eos"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_tokens", b"_max_tokens"]) -> typing.Literal["max_tokens"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_p", b"_min_p"]) -> typing.Literal["min_p"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_tokens", b"_min_tokens"]) -> typing.Literal["min_tokens"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_n", b"_n"]) -> typing.Literal["n"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_presence_penalty", b"_presence_penalty"]) -> typing.Literal["presence_penalty"] | None: ...
     @typing.overload
@@ -235,6 +265,58 @@ class SamplingParams(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_top_p", b"_top_p"]) -> typing.Literal["top_p"] | None: ...
 
 global___SamplingParams = SamplingParams
+
+@typing.final
+class StructuredOutput(google.protobuf.message.Message):
+    """The form that an answer must have; exactly one must be set. At most 65,536 bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    CHOICE_FIELD_NUMBER: builtins.int
+    json_schema: builtins.str
+    """JSON that this JSON Schema describes."""
+    regex: builtins.str
+    """Text that this regular expression matches as a whole."""
+    grammar: builtins.str
+    """Text of this context-free grammar, in the EBNF that xgrammar reads."""
+    @property
+    def choice(self) -> global___Choices:
+        """One of these texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: builtins.str = ...,
+        regex: builtins.str = ...,
+        grammar: builtins.str = ...,
+        choice: global___Choices | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_schema", b"json_schema", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_schema", b"json_schema", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["form", b"form"]) -> typing.Literal["json_schema", "regex", "grammar", "choice"] | None: ...
+
+global___StructuredOutput = StructuredOutput
+
+@typing.final
+class Choices(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: builtins.int
+    @property
+    def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """1 to 256 texts."""
+
+    def __init__(
+        self,
+        *,
+        texts: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["texts", b"texts"]) -> None: ...
+
+global___Choices = Choices
 
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
@@ -278,6 +360,7 @@ class GenerationHeader(google.protobuf.message.Message):
     ADAPTER_FIELD_NUMBER: builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: builtins.int
     ADAPTER_WAS_RESIDENT_FIELD_NUMBER: builtins.int
+    ADAPTER_TAG_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     base_model: builtins.str
     """Name of the base model as served."""
@@ -289,6 +372,8 @@ class GenerationHeader(google.protobuf.message.Message):
     """"sha256:<hex>" of the adapter's signed manifest; empty for the base."""
     adapter_was_resident: builtins.bool
     """Whether the adapter was in memory when the call arrived."""
+    adapter_tag: builtins.str
+    """The tag that answers, where calls are split between tags; else empty."""
     def __init__(
         self,
         *,
@@ -298,8 +383,9 @@ class GenerationHeader(google.protobuf.message.Message):
         adapter: builtins.str = ...,
         adapter_digest: builtins.str = ...,
         adapter_was_resident: builtins.bool = ...,
+        adapter_tag: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_was_resident", b"adapter_was_resident", "base_digest", b"base_digest", "base_model", b"base_model", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_tag", b"adapter_tag", "adapter_was_resident", b"adapter_was_resident", "base_digest", b"base_digest", "base_model", b"base_model", "request_id", b"request_id"]) -> None: ...
 
 global___GenerationHeader = GenerationHeader
 
@@ -309,18 +395,72 @@ class GenerationDelta(google.protobuf.message.Message):
 
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     text: builtins.str
+    index: builtins.int
+    """Which of the `n` completions it belongs to, from 0."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprobs]:
+        """One per token id, where `logprobs` was set."""
+
     def __init__(
         self,
         *,
         text: builtins.str = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        index: builtins.int = ...,
+        logprobs: collections.abc.Iterable[global___TokenLogprobs] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
 
 global___GenerationDelta = GenerationDelta
+
+@typing.final
+class TokenLogprobs(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGPROB_FIELD_NUMBER: builtins.int
+    TOP_FIELD_NUMBER: builtins.int
+    logprob: builtins.float
+    """Of the token itself, natural logarithm."""
+    @property
+    def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TopLogprob]:
+        """The likeliest ones, likeliest first; as many as `logprobs` asked for."""
+
+    def __init__(
+        self,
+        *,
+        logprob: builtins.float = ...,
+        top: collections.abc.Iterable[global___TopLogprob] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "top", b"top"]) -> None: ...
+
+global___TokenLogprobs = TokenLogprobs
+
+@typing.final
+class TopLogprob(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    LOGPROB_FIELD_NUMBER: builtins.int
+    token_id: builtins.int
+    text: builtins.str
+    """Its text; may be part of a character."""
+    logprob: builtins.float
+    def __init__(
+        self,
+        *,
+        token_id: builtins.int = ...,
+        text: builtins.str = ...,
+        logprob: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]) -> None: ...
+
+global___TopLogprob = TopLogprob
 
 @typing.final
 class GenerationEnd(google.protobuf.message.Message):
@@ -329,20 +469,27 @@ class GenerationEnd(google.protobuf.message.Message):
     FINISH_REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
+    FINISH_REASONS_FIELD_NUMBER: builtins.int
     finish_reason: global___FinishReason.ValueType
+    """Of the first completion."""
     @property
     def usage(self) -> global___Usage: ...
     @property
     def timings(self) -> global___Timings: ...
+    @property
+    def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___FinishReason.ValueType]:
+        """Of each of the `n` completions, by index."""
+
     def __init__(
         self,
         *,
         finish_reason: global___FinishReason.ValueType = ...,
         usage: global___Usage | None = ...,
         timings: global___Timings | None = ...,
+        finish_reasons: collections.abc.Iterable[global___FinishReason.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "finish_reasons", b"finish_reasons", "timings", b"timings", "usage", b"usage"]) -> None: ...
 
 global___GenerationEnd = GenerationEnd
 
@@ -393,3 +540,103 @@ class Timings(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["adapter_s", b"adapter_s", "first_token_s", b"first_token_s", "total_s", b"total_s"]) -> None: ...
 
 global___Timings = Timings
+
+@typing.final
+class TokenizeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    CHAT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """As GenerateRequest.text."""
+    @property
+    def chat(self) -> global___Chat:
+        """As GenerateRequest.chat."""
+
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        chat: global___Chat | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["chat", b"chat", "prompt", b"prompt", "text", b"text"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chat", b"chat", "prompt", b"prompt", "text", b"text"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "chat"] | None: ...
+
+global___TokenizeRequest = TokenizeRequest
+
+@typing.final
+class TokenizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
+    context_tokens: builtins.int
+    """Tokens of prompt and answer together that the base model takes."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        context_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_tokens", b"context_tokens", "token_ids", b"token_ids"]) -> None: ...
+
+global___TokenizeResponse = TokenizeResponse
+
+@typing.final
+class EmbedRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """As GenerateRequest.adapter."""
+    text: builtins.str
+    @property
+    def token_ids(self) -> global___TokenIds: ...
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+        text: builtins.str = ...,
+        token_ids: global___TokenIds | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids"] | None: ...
+
+global___EmbedRequest = EmbedRequest
+
+@typing.final
+class EmbedResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    EMBEDDING_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    TIMINGS_FIELD_NUMBER: builtins.int
+    @property
+    def header(self) -> global___GenerationHeader: ...
+    @property
+    def embedding(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of length 1 in the Euclidean norm."""
+
+    @property
+    def usage(self) -> global___Usage: ...
+    @property
+    def timings(self) -> global___Timings: ...
+    def __init__(
+        self,
+        *,
+        header: global___GenerationHeader | None = ...,
+        embedding: collections.abc.Iterable[builtins.float] | None = ...,
+        usage: global___Usage | None = ...,
+        timings: global___Timings | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embedding", b"embedding", "header", b"header", "timings", b"timings", "usage", b"usage"]) -> None: ...
+
+global___EmbedResponse = EmbedResponse

@@ -39,6 +39,16 @@ class GenerationServiceStub(object):
                 request_serializer=loraplex__protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/loraplex.v1.GenerationService/Tokenize',
+                request_serializer=loraplex__protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/loraplex.v1.GenerationService/Embed',
+                request_serializer=loraplex__protos_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -53,6 +63,20 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids that Generate would see for a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector per prompt, where the base model is served for it (model.task = "embed").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +84,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=loraplex__protos_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=loraplex__protos_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=loraplex__protos_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=loraplex__protos_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +123,60 @@ class GenerationService(object):
             '/loraplex.v1.GenerationService/Generate',
             loraplex__protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             loraplex__protos_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/Tokenize',
+            loraplex__protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            loraplex__protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/Embed',
+            loraplex__protos_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            loraplex__protos_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

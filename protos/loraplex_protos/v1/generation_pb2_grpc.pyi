@@ -32,6 +32,18 @@ class GenerationServiceStub:
     Cancelling the call frees the engine within a step.
     """
 
+    Tokenize: grpc.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.generation_pb2.TokenizeRequest,
+        loraplex_protos.v1.generation_pb2.TokenizeResponse,
+    ]
+    """The token ids that Generate would see for a prompt."""
+
+    Embed: grpc.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.generation_pb2.EmbedRequest,
+        loraplex_protos.v1.generation_pb2.EmbedResponse,
+    ]
+    """One vector per prompt, where the base model is served for it (model.task = "embed")."""
+
 class GenerationServiceAsyncStub:
     Generate: grpc.aio.UnaryStreamMultiCallable[
         loraplex_protos.v1.generation_pb2.GenerateRequest,
@@ -41,6 +53,18 @@ class GenerationServiceAsyncStub:
     The caller's gRPC deadline bounds the whole call; without one the server's default applies.
     Cancelling the call frees the engine within a step.
     """
+
+    Tokenize: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.generation_pb2.TokenizeRequest,
+        loraplex_protos.v1.generation_pb2.TokenizeResponse,
+    ]
+    """The token ids that Generate would see for a prompt."""
+
+    Embed: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex_protos.v1.generation_pb2.EmbedRequest,
+        loraplex_protos.v1.generation_pb2.EmbedResponse,
+    ]
+    """One vector per prompt, where the base model is served for it (model.task = "embed")."""
 
 class GenerationServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -53,5 +77,21 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         The caller's gRPC deadline bounds the whole call; without one the server's default applies.
         Cancelling the call frees the engine within a step.
         """
+
+    @abc.abstractmethod
+    def Tokenize(
+        self,
+        request: loraplex_protos.v1.generation_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex_protos.v1.generation_pb2.TokenizeResponse, collections.abc.Awaitable[loraplex_protos.v1.generation_pb2.TokenizeResponse]]:
+        """The token ids that Generate would see for a prompt."""
+
+    @abc.abstractmethod
+    def Embed(
+        self,
+        request: loraplex_protos.v1.generation_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex_protos.v1.generation_pb2.EmbedResponse, collections.abc.Awaitable[loraplex_protos.v1.generation_pb2.EmbedResponse]]:
+        """One vector per prompt, where the base model is served for it (model.task = "embed")."""
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

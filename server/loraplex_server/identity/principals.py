@@ -32,12 +32,17 @@ class Role(StrEnum):
 RIGHTS: Final[Mapping[str, Action]] = MappingProxyType(
     {
         "/loraplex.v1.GenerationService/Generate": Action.GENERATE,
+        "/loraplex.v1.GenerationService/Tokenize": Action.READ,
+        "/loraplex.v1.GenerationService/Embed": Action.GENERATE,
         "/loraplex.v1.AdapterService/ListAdapters": Action.READ,
         "/loraplex.v1.AdapterService/GetAdapter": Action.READ,
         "/loraplex.v1.AdapterService/LoadAdapter": Action.GENERATE,
         "/loraplex.v1.AdapterService/UnloadAdapter": Action.MANAGE,
         "/loraplex.v1.AdapterService/PinAdapter": Action.MANAGE,
         "/loraplex.v1.AdapterService/UnpinAdapter": Action.MANAGE,
+        "/loraplex.v1.AdapterService/ValidateAdapter": Action.GENERATE,
+        "/loraplex.v1.AdapterService/GetRollout": Action.READ,
+        "/loraplex.v1.AdapterService/ResumeRollout": Action.MANAGE,
     }
 )
 """Full method name -> the right it needs. A method without a row is refused to everybody."""
