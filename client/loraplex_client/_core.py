@@ -1,6 +1,7 @@
 """What the sync and the async client share: building requests, reading replies, naming errors. No I/O."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loraplex_client.types import (
     Header,
     LoadProgress,
     Prompt,
+    RolloutArm,
     Sampling,
     Timings,
     Tls,
@@ -92,6 +94,7 @@ def generate_request(
     sampling: Sampling,
     request_id: str,
     priority: int = 0,
+    session: str = "",
 ) -> gpb.GenerateRequest:
     """Build the wire request.
 
@@ -99,7 +102,9 @@ def generate_request(
         InvalidRequestError: a value that does not even fit its wire type.
     """
     try:
-        request = gpb.GenerateRequest(adapter=adapter, request_id=request_id, priority=priority)
+        request = gpb.GenerateRequest(
+            adapter=adapter, request_id=request_id, priority=priority, session=session
+        )
         if isinstance(prompt, str):
             request.text = prompt
         elif isinstance(prompt, TokenIds):
@@ -182,6 +187,7 @@ def header_of(header: gpb.GenerationHeader) -> Header:
         adapter=header.adapter,
         adapter_digest=header.adapter_digest,
         adapter_was_resident=header.adapter_was_resident,
+        adapter_tag=header.adapter_tag,
     )
 
 
@@ -198,6 +204,14 @@ def adapter_of(message: apb.Adapter) -> AdapterInfo:
         size_bytes=message.size_bytes,
         pinned=message.pinned,
         active_requests=message.active_requests,
+    )
+
+
+def arms_of(message: apb.Rollout) -> tuple[RolloutArm, ...]:
+    """Turn the wire rollout's arms into ours."""
+    return tuple(
+        RolloutArm(**{item.name: getattr(arm, item.name) for item in fields(RolloutArm)})
+        for arm in message.arms
     )
 
 

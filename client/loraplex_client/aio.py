@@ -21,6 +21,7 @@ from loraplex_client.types import (
     Header,
     LoadProgress,
     Prompt,
+    RolloutArm,
     Sampling,
     Tls,
 )
@@ -95,10 +96,16 @@ class AsyncClient:
         timeout_s: float | None = None,
         request_id: str = "",
         priority: int = 0,
+        session: str = "",
     ) -> AsyncStream:
         """See `Client.stream`."""
         request = _core.generate_request(
-            prompt, adapter=adapter, sampling=sampling, request_id=request_id, priority=priority
+            prompt,
+            adapter=adapter,
+            sampling=sampling,
+            request_id=request_id,
+            priority=priority,
+            session=session,
         )
         return AsyncStream(self._generation.Generate(request, **self._options(timeout_s)))
 
@@ -111,6 +118,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         request_id: str = "",
         priority: int = 0,
+        session: str = "",
     ) -> Completion:
         """See `Client.generate`."""
         async with self.stream(
@@ -120,6 +128,7 @@ class AsyncClient:
             timeout_s=timeout_s,
             request_id=request_id,
             priority=priority,
+            session=session,
         ) as stream:
             async for _ in stream:
                 pass
@@ -174,6 +183,20 @@ class AsyncClient:
             request = apb.UnpinAdapterRequest(adapter=adapter)
             reply = await self._adapters.UnpinAdapter(request, **self._options(timeout_s))
             return _core.adapter_of(reply.adapter)
+
+    async def get_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
+        """See `Client.get_rollout`."""
+        with _named_errors():
+            request = apb.GetRolloutRequest(adapter=adapter)
+            reply = await self._adapters.GetRollout(request, **self._options(timeout_s))
+            return _core.arms_of(reply.rollout)
+
+    async def resume_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
+        """See `Client.resume_rollout`."""
+        with _named_errors():
+            request = apb.ResumeRolloutRequest(adapter=adapter)
+            reply = await self._adapters.ResumeRollout(request, **self._options(timeout_s))
+            return _core.arms_of(reply.rollout)
 
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """See `Client.is_ready`."""

@@ -80,7 +80,11 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY"), tls=_tls(options)) as client:
             stream = client.stream(
-                prompt, adapter=options.adapter, sampling=sampling, timeout_s=options.timeout
+                prompt,
+                adapter=options.adapter,
+                sampling=sampling,
+                timeout_s=options.timeout,
+                session=options.session,
             )
             for piece in stream:
                 if not options.json:
@@ -119,6 +123,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", metavar="FILE", default="", help="its private key (PEM)")
     parser.add_argument("--raw", action="store_true", help="send the prompt as it is, without chat template")
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--session", default="", help="calls of one session get the same tag of a split")
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the whole call")

@@ -21,6 +21,7 @@ from loraplex_client.types import (
     Header,
     LoadProgress,
     Prompt,
+    RolloutArm,
     Sampling,
     Tls,
 )
@@ -98,19 +99,27 @@ class Client:
         timeout_s: float | None = None,
         request_id: str = "",
         priority: int = 0,
+        session: str = "",
     ) -> Stream:
         """Start generating; iterate the result for the pieces of the answer.
 
         Args:
             prompt: raw text, chat messages, or token ids.
-            adapter: "tenant/adapter[@tag|@version|@sha256:...]"; "" for the base model.
+            adapter: "tenant/adapter[@tag|@version|@sha256:...]", or with a split, "tenant/adapter@prod=95,canary=5";
+                "" for the base model.
             sampling: how tokens are chosen.
             timeout_s: for the whole call.
             request_id: to find the call in the server's log.
             priority: greater goes first among the tenant's own waiting calls, -100 to 100.
+            session: where calls are split between tags, calls with the same session get the same one.
         """
         request = _core.generate_request(
-            prompt, adapter=adapter, sampling=sampling, request_id=request_id, priority=priority
+            prompt,
+            adapter=adapter,
+            sampling=sampling,
+            request_id=request_id,
+            priority=priority,
+            session=session,
         )
         return Stream(self._generation.Generate(request, **self._options(timeout_s)))
 
@@ -123,6 +132,7 @@ class Client:
         timeout_s: float | None = None,
         request_id: str = "",
         priority: int = 0,
+        session: str = "",
     ) -> Completion:
         """Generate a whole answer; arguments as `stream`."""
         with self.stream(
@@ -132,6 +142,7 @@ class Client:
             timeout_s=timeout_s,
             request_id=request_id,
             priority=priority,
+            session=session,
         ) as stream:
             for _ in stream:
                 pass
@@ -179,6 +190,20 @@ class Client:
         with _named_errors():
             request = apb.UnpinAdapterRequest(adapter=adapter)
             return _core.adapter_of(self._adapters.UnpinAdapter(request, **self._options(timeout_s)).adapter)
+
+    def get_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
+        """How calls for "tenant/adapter" are split between its tags, the stable tag first; () where they are not."""
+        with _named_errors():
+            request = apb.GetRolloutRequest(adapter=adapter)
+            reply = self._adapters.GetRollout(request, **self._options(timeout_s))
+            return _core.arms_of(reply.rollout)
+
+    def resume_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
+        """Let a canary that was rolled back have its share again; needs an admin's key."""
+        with _named_errors():
+            request = apb.ResumeRolloutRequest(adapter=adapter)
+            reply = self._adapters.ResumeRollout(request, **self._options(timeout_s))
+            return _core.arms_of(reply.rollout)
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Whether the server answers and serves (grpc.health.v1)."""

@@ -46,7 +46,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """Who answers. `adapter` and `adapter_digest` are "" for the base model."""
+    """Who answers. `adapter` and `adapter_digest` are "" for the base model, `adapter_tag` is without a split."""
 
     request_id: str
     base_model: str
@@ -54,6 +54,7 @@ class Header:
     adapter: str
     adapter_digest: str
     adapter_was_resident: bool
+    adapter_tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,29 @@ class AdapterInfo:
     size_bytes: int
     pinned: bool
     active_requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArm:
+    """One tag of a split, as one server sees it.
+
+    Attributes:
+        digest: "" where the tag is not set.
+        weight: as configured; `share` of calls, 0 to 1, is what it gets now.
+        completed, failed: calls in the window that is judged; a canary's failures are those it was replaced for, too.
+        first_token_s, token_s: medians of that window in seconds, 0 before there are any.
+        rolled_back: why it has no share any more, "" while it has.
+    """
+
+    tag: str
+    digest: str
+    weight: int
+    share: float
+    completed: int
+    failed: int
+    first_token_s: float
+    token_s: float
+    rolled_back: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc
+from loraplex_registry.refs import AdapterRef
 from loraplex_server.calls import current_call
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.gate import Gate
@@ -142,16 +143,32 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.GetRolloutRequest, _context: Any
     ) -> apb.GetRolloutResponse:
         """How an adapter's calls are split."""
-        raise NotImplementedError
+        return apb.GetRolloutResponse(rollout=await self._rollout(_whole(request.adapter)))
 
     async def ResumeRollout(  # noqa: N802
         self, request: apb.ResumeRolloutRequest, _context: Any
     ) -> apb.ResumeRolloutResponse:
         """Give a canary its share again."""
-        raise NotImplementedError
+        ref = _whole(request.adapter)
+        await self._rollout(ref)  # so that what the caller may not see is not there
+        self._gate.backend.rollouts.resume(ref)
+        return apb.ResumeRolloutResponse(rollout=await self._rollout(ref))
+
+    async def _rollout(self, ref: AdapterRef) -> apb.Rollout:
+        principal = current_call().principal
+        arms = await self._gate.backend.rollouts.status(ref, lambda one: self._gate.resolve(one, principal))
+        return apb.Rollout(adapter=ref.name, arms=(apb.RolloutArm(**vars(arm)) for arm in arms))
 
     async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
         return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
+
+
+def _whole(text: str) -> AdapterRef:
+    """Parse the name of an adapter, which all its versions have."""
+    ref = parse_ref(text)
+    if text != ref.name:
+        raise InvalidRequestError("adapter", "write tenant/adapter, without a tag or version")
+    return ref
 
 
 def _offer(events: asyncio.Queue[Any], event: tuple[str, int, int] | None) -> None:

@@ -38,9 +38,19 @@ from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
+from loraplex_server.rollout.splits import Splits
 from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import Versions
-from loraplex_server.wiring import cache_dir, load_policy, make_scheduler, make_versions, open_cache
+from loraplex_server.watched import WatchedFile
+from loraplex_server.wiring import (
+    cache_dir,
+    load_policy,
+    make_rollouts,
+    make_scheduler,
+    make_versions,
+    open_cache,
+    watch_splits,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +82,7 @@ class App:
         self._http: HttpApi | None = None
         self._http_tls: HttpTls | None = None
         self._versions: Versions | None = None
+        self._splits: WatchedFile[Splits] | None = None
         self._watching: list[asyncio.Task[None]] = []
         self.port = 0
         self.http_port = 0
@@ -90,7 +101,9 @@ class App:
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
-        refreshes = [authenticator.refresh, *([self._http_tls.refresh] if self._http_tls else [])]
+        self._splits = watch_splits(self._config)
+        watched = (authenticator, self._http_tls, self._splits)
+        refreshes = [one.refresh for one in watched if one is not None]
         self._watching.append(asyncio.create_task(_refresh(refreshes), name="watch credentials"))
         await self._engine.start()
         self._gate.open(self._backend(policy, cache))
@@ -209,6 +222,7 @@ class App:
             versions=self._versions,
             residency=self._residency,
             scheduler=scheduler,
+            rollouts=make_rollouts(config, self._splits, events=self._metrics),
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
         )
@@ -218,7 +232,7 @@ class App:
             await self._health.set(service, status)
 
 
-async def _refresh(refreshes: Sequence[Callable[[], None]]) -> None:
+async def _refresh(refreshes: Sequence[Callable[[], object]]) -> None:
     """Take over changed files of credentials, for as long as the server runs."""
     while True:
         await asyncio.sleep(CREDENTIALS_CHECK_INTERVAL_S)

@@ -141,6 +141,17 @@ class TenantSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How calls are split between tags, and when a canary is rolled back."""
+
+    splits: str = ""  # file of lines such as "acme/orders" = "prod=95,canary=5"; may change while serving
+    window_s: float = 300.0  # for which a call counts
+    requests_min: int = 20  # of a canary, before it is judged
+    error_rate_max: float = 0.05  # by which its rate of failed calls may be above the stable version's
+    latency_ratio_max: float = 1.5  # times the stable version's median times
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole file; one field per section."""
 
@@ -151,6 +162,7 @@ class Config:
     auth: AuthSettings = field(default_factory=AuthSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     tenants: Mapping[str, TenantSettings] = field(default_factory=dict)  # [tenants.NAME]
 
     def tenant(self, name: str) -> TenantSettings:
@@ -319,6 +331,10 @@ def _check(config: Config, origin: Path) -> None:
         ("limits.tenant_tokens_per_minute", limits.tenant_tokens_per_minute, 0, 1e9),
         ("limits.prompt_chars_max", limits.prompt_chars_max, 1, 100_000_000),
         ("limits.tenants_labelled_max", limits.tenants_labelled_max, 1, 1000),
+        ("rollouts.window_s", config.rollouts.window_s, 1, 86_400),
+        ("rollouts.requests_min", config.rollouts.requests_min, 5, 1000),
+        ("rollouts.error_rate_max", config.rollouts.error_rate_max, 0, 1),
+        ("rollouts.latency_ratio_max", config.rollouts.latency_ratio_max, 1, 1000),
     ]
     for name, tenant in config.tenants.items():
         ranges += [
@@ -403,6 +419,7 @@ def _anchored(config: Config, folder: Path) -> Config:
         config,
         model=replace(model, name=model.name or Path(config.model.path).name),
         registry=_anchored_registry(config.registry, folder, anchor),
+        rollouts=replace(config.rollouts, splits=anchor(config.rollouts.splits)),
         auth=replace(config.auth, keys=anchor(config.auth.keys), jwks=anchor(config.auth.jwks)),
         tls=TlsSettings(
             certificate=anchor(config.tls.certificate),

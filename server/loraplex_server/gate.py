@@ -8,6 +8,7 @@ from loraplex_server.engine import Engine
 from loraplex_server.errors import EngineUnavailableError, NotFoundError
 from loraplex_server.identity.principals import Principal, may_see
 from loraplex_server.residency import Residency
+from loraplex_server.rollout.rollouts import Rollouts
 from loraplex_server.scheduling.scheduler import Scheduler
 from loraplex_server.versions import AdapterVersion, Progress, Versions
 
@@ -20,6 +21,7 @@ class Backend:
     versions: Versions | None
     residency: Residency
     scheduler: Scheduler
+    rollouts: Rollouts
     model_name: str
     prompt_chars_max: int
 

@@ -11,7 +11,7 @@ import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from loraplex_server.calls import current_call
@@ -21,8 +21,8 @@ from loraplex_server.gate import Backend, Gate
 from loraplex_server.metrics import Metrics
 from loraplex_server.requests import GenerateCall, Prompt, check_token_ids, final_sampling
 from loraplex_server.residency import Lease
+from loraplex_server.rollout.rollouts import Pick
 from loraplex_server.scheduling.scheduler import Turn
-from loraplex_server.versions import AdapterVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Started:
     adapter: str
     adapter_digest: str
     adapter_was_resident: bool
+    adapter_tag: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +86,15 @@ class Generation:
                     context_tokens=backend.engine.context_tokens,
                     vocab_size=backend.engine.vocab_size,
                 )
-                version = await self._version(wanted, account)
+                pick = await self._pick(wanted, account)
                 async with (
                     backend.scheduler.turn(
                         account.tenant,
-                        adapter=version.digest if version else "",
+                        adapter=pick.version.digest if pick else "",
                         prompt_tokens=len(prompt_ids),
                         priority=wanted.priority,
                     ) as turn,
-                    self._lease(version, account) as lease,
+                    self._lease(pick, account) as lease,
                 ):
                     engine_request = EngineRequest(
                         request_id=f"{wanted.request_id or 'request'}-{call.id}",
@@ -102,7 +103,7 @@ class Generation:
                         adapter=lease.adapter if lease else None,
                         cache_salt=self._salt(account.tenant),
                     )
-                    await send(_started(backend, wanted, version, lease))
+                    await send(_started(backend, wanted, pick, lease))
                     await self._stream(engine_request, account, turn, send)
 
     async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, send: Send) -> None:
@@ -115,23 +116,33 @@ class Generation:
                     await send(chunk)
         await send(account.end(prompt_tokens=len(request.prompt_ids)))
 
-    async def _version(self, wanted: GenerateCall, account: "_Account") -> AdapterVersion | None:
-        """Resolve the adapter; None for the base model."""
+    async def _pick(self, wanted: GenerateCall, account: "_Account") -> Pick | None:
+        """Find the adapter's version that answers; None for the base model."""
         if wanted.adapter is None:
             return None
-        version = await self._gate.resolve(wanted.adapter, current_call().principal)
-        account.tenant = version.tenant
-        return version
+        call = current_call()
+        pick = await self._gate.backend.rollouts.pick(
+            wanted.adapter,
+            lambda ref: self._gate.resolve(ref, call.principal),
+            session=wanted.session or call.id,
+        )
+        account.tenant, account.pick = pick.version.tenant, pick
+        return pick
 
     @asynccontextmanager
-    async def _lease(
-        self, version: AdapterVersion | None, account: "_Account"
-    ) -> AsyncIterator[Lease | None]:
-        """Have the adapter in the engine; None for the base model."""
-        if version is None:
+    async def _lease(self, pick: Pick | None, account: "_Account") -> AsyncIterator[Lease | None]:
+        """Have the adapter in the engine, the stable version for a canary that cannot be; None for the base model."""
+        if pick is None:
             yield None
             return
-        async with self._gate.backend.residency.lease(version) as lease:
+        async with AsyncExitStack() as leases:
+            while True:
+                try:
+                    lease = await leases.enter_async_context(self._gate.backend.residency.lease(pick.version))
+                    break
+                except Exception as error:
+                    if not await pick.instead(error):
+                        raise
             account.adapter_ready(was_resident=lease.was_resident)
             yield lease
 
@@ -145,10 +156,16 @@ class Generation:
         try:
             yield account
             outcome = "completed"
-            self._metrics.request_completed(account.tenant, account.total_s)
+            account.completed()
         except asyncio.CancelledError:
             expired = asyncio.get_running_loop().time() >= call.deadline
             outcome = "expired" if expired else "cancelled"
+            if expired and account.pick:
+                account.pick.failed(TimeoutError())
+            raise
+        except Exception as error:
+            if account.pick:
+                account.pick.failed(error)
             raise
         finally:
             self._metrics.request_ended(account.tenant, outcome)
@@ -162,6 +179,7 @@ class _Account:
 
     def __init__(self, metrics: Metrics, *, tenant: str, arrived: float) -> None:
         self.tenant = tenant
+        self.pick: Pick | None = None
         self._metrics = metrics
         self._arrived = arrived
         self._last = arrived
@@ -195,6 +213,14 @@ class _Account:
         self._metrics.tokens_generated(self.tenant, count)
         self._finish = chunk.finish_reason or self._finish
 
+    def completed(self) -> None:
+        """The call ended well."""
+        self._metrics.request_completed(self.tenant, self.total_s)
+        if self.pick is not None and self._tokens:
+            decode_s = self.total_s - self._first_token_s
+            token_s = decode_s / (self._tokens - 1) if self._tokens > 1 else None
+            self.pick.completed(first_token_s=self._first_token_s, token_s=token_s)
+
     def end(self, *, prompt_tokens: int) -> Ended:
         """The last event of the call."""
         return Ended(
@@ -220,14 +246,13 @@ async def _encode(engine: Engine, prompt: Prompt) -> list[int]:
     return ids
 
 
-def _started(
-    backend: Backend, wanted: GenerateCall, version: AdapterVersion | None, lease: Lease | None
-) -> Started:
+def _started(backend: Backend, wanted: GenerateCall, pick: Pick | None, lease: Lease | None) -> Started:
     return Started(
         request_id=wanted.request_id or current_call().id,
         base_model=backend.model_name,
         base_digest=backend.engine.base.digest,
-        adapter=version.name if version else "",
-        adapter_digest=version.digest if version else "",
+        adapter=pick.version.name if pick else "",
+        adapter_digest=pick.version.digest if pick else "",
         adapter_was_resident=lease.was_resident if lease else False,
+        adapter_tag=pick.tag if pick else "",
     )

@@ -203,6 +203,7 @@ class _Writer:
             "x-loraplex-base-digest": started.base_digest,
             "x-loraplex-adapter": started.adapter,
             "x-loraplex-adapter-digest": started.adapter_digest,
+            "x-loraplex-adapter-tag": started.adapter_tag,
         }
         self._answer = Answer(wanted, started, call_id=current_call().id, created=int(time.time()))
         if not wanted.stream:

@@ -94,6 +94,15 @@ class Metrics:
             ("cause",),
             registry=registry,
         )
+        self._canary_calls = Counter(
+            "loraplex_canary_calls",
+            "Calls a canary was chosen for: completed, failed, or replaced by the stable version.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._canary_rollbacks = Counter(
+            "loraplex_canary_rollbacks", "Canaries that lost their share.", registry=registry
+        )
         self._turn_wait = Histogram(
             "loraplex_turn_wait_seconds", "Waiting for a turn at the engine, among all tenants' calls.", tenant,
             buckets=REQUEST_BUCKETS, registry=registry,
@@ -168,6 +177,14 @@ class Metrics:
     def adapter_gone(self, cause: str) -> None:
         """See `residency.ResidencyEvents`."""
         self._adapter_gone.labels(cause).inc()
+
+    def canary_call(self, outcome: str) -> None:
+        """See `rollout.rollouts.RolloutEvents`."""
+        self._canary_calls.labels(outcome).inc()
+
+    def canary_rolled_back(self) -> None:
+        """See `rollout.rollouts.RolloutEvents`."""
+        self._canary_rollbacks.inc()
 
     def serve(self, host: str, port: int) -> "MetricsPage":
         """Show the metrics at http://host:port/metrics, from a thread of its own."""

@@ -1,8 +1,9 @@
 """OpenAI's JSON to our wire messages and back. Pure: no network, no clock but the one given.
 
 https://platform.openai.com/docs/api-reference/completions and `/chat`. What this server cannot do is refused by name
-instead of being passed over in silence; fields that only tell (`user`, `metadata`, `store`) are accepted and not used.
-Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos and priority, as in vLLM.
+instead of being passed over in silence; fields that only tell (`metadata`, `store`) are accepted and not used.
+Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos and priority, as in vLLM, and
+session, which is `user` where it is absent.
 """
 
 import json
@@ -14,6 +15,7 @@ from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_server.engine import EngineChunk
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.generation import Ended, Started
+from loraplex_server.requests import SESSION_CHARS_MAX
 from loraplex_server.status import Failure
 
 _TELLING: Final = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key"})
@@ -29,7 +31,9 @@ _SAMPLING: Final[Mapping[str, type]] = {
     "repetition_penalty": float,
     "ignore_eos": bool,
 }
-_OURS: Final = frozenset({"model", "stream", "stream_options", "stop", "stop_token_ids", "priority"})
+_OURS: Final = frozenset(
+    {"model", "stream", "stream_options", "stop", "stop_token_ids", "priority", "session"}
+)
 _ONE_OR_NONE: Final = frozenset({"n", "best_of"})
 _UINT32_MAX: Final = 2**32 - 1
 
@@ -212,6 +216,10 @@ def _fill_sampling(message: gpb.GenerateRequest, value: Mapping[str, Any]) -> No
         )
     if value.get("priority") is not None:
         _set(message, "priority", _typed(value["priority"], int, "priority"))
+    if value.get("session") is not None:
+        message.session = _text(value["session"], "session")
+    elif isinstance(value.get("user"), str):
+        message.session = _text(value["user"], "user")[:SESSION_CHARS_MAX]
 
 
 def _list(value: Any, field: str) -> list[Any]:

@@ -13,9 +13,11 @@ from loraplex_registry.errors import RegistryError
 from loraplex_registry.refs import AdapterRef
 from loraplex_server.engine import ChatTurn, Sampling
 from loraplex_server.errors import ContextTooLongError, InvalidRequestError
+from loraplex_server.rollout.splits import Target
 
 DEFAULT_MAX_TOKENS = 256
 REQUEST_ID_CHARS_MAX = 128
+SESSION_CHARS_MAX = 128
 PRIORITY_MAX = 100
 STOPS_MAX = 16
 STOP_CHARS_MAX = 128
@@ -37,11 +39,24 @@ class Prompt:
 class GenerateCall:
     """A checked call. `max_tokens` is None when the caller left it open."""
 
-    adapter: AdapterRef | None
+    adapter: Target | None
     prompt: Prompt
     sampling: pb.SamplingParams
     request_id: str | None
     priority: int = 0
+    session: str = ""
+
+
+def parse_target(text: str) -> Target:
+    """Parse what a call may be for: a reference, or a split between tags.
+
+    Raises:
+        InvalidRequestError: it is neither.
+    """
+    try:
+        return Target.parse(text)
+    except RegistryError as error:
+        raise InvalidRequestError("adapter", str(error)) from None
 
 
 def parse_ref(text: str) -> AdapterRef:
@@ -68,13 +83,16 @@ def parse_generate(message: pb.GenerateRequest, *, prompt_chars_max: int) -> Gen
         )
     if abs(message.priority) > PRIORITY_MAX:
         raise InvalidRequestError("priority", f"must be from -{PRIORITY_MAX} to {PRIORITY_MAX}")
+    if len(message.session) > SESSION_CHARS_MAX:
+        raise InvalidRequestError("session", f"at most {SESSION_CHARS_MAX} characters")
     _check_sampling(message.sampling)
     return GenerateCall(
-        adapter=parse_ref(message.adapter) if message.adapter else None,
+        adapter=parse_target(message.adapter) if message.adapter else None,
         prompt=_prompt(message, chars_max=prompt_chars_max),
         sampling=message.sampling,
         request_id=message.request_id or None,
         priority=message.priority,
+        session=message.session,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from loraplex_registry.delivery.cache import Cache
@@ -22,10 +23,14 @@ from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
 from loraplex_server.config import Config
 from loraplex_server.errors import ConfigError
+from loraplex_server.rollout.judge import Limits as RolloutLimits
+from loraplex_server.rollout.rollouts import RolloutEvents, Rollouts
+from loraplex_server.rollout.splits import Splits
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
 from loraplex_server.versions import Versions
+from loraplex_server.watched import WatchedFile
 
 
 def cache_dir() -> Path:
@@ -114,6 +119,39 @@ def make_versions(config: Config, base: BaseModel, policy: TrustPolicy, cache: C
         stale_s_max=settings.stale_s_max,
         fetches_max=adapters.fetches_max,
         fetch_s_max=adapters.load_timeout_s,
+        clock=time.monotonic,
+    )
+
+
+def watch_splits(config: Config) -> WatchedFile[Splits] | None:
+    """Return the file of splits; None where the settings name none.
+
+    Raises:
+        ConfigError: it cannot be read or is wrong.
+    """
+    if not config.rollouts.splits:
+        return None
+    path = Path(config.rollouts.splits)
+    try:
+        return WatchedFile(path, partial(Splits.parse, origin=path))
+    except ConfigError as error:
+        raise ConfigError(f"rollouts.splits: {error}") from error
+
+
+def make_rollouts(config: Config, splits: WatchedFile[Splits] | None, *, events: RolloutEvents) -> Rollouts:
+    """Return what splits calls between tags."""
+    settings, none = config.rollouts, Splits({})
+    limits = RolloutLimits(
+        window_s=settings.window_s,
+        requests_min=settings.requests_min,
+        error_rate_max=settings.error_rate_max,
+        latency_ratio_max=settings.latency_ratio_max,
+    )
+    return Rollouts(
+        lambda: splits.value if splits else none,
+        limits,
+        absent_s=config.registry.tag_ttl_s,
+        events=events,
         clock=time.monotonic,
     )
 

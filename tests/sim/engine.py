@@ -35,6 +35,7 @@ class SimEngine:
         self.requests: list[EngineRequest] = []
         self.running = 0
         self.step_s = 0.0
+        self.step_s_of: dict[str, float] = {}  # by the adapter's name
         self.load_s = 0.0
         self.refuse_names: set[str] = set()
         self.hang_names: set[str] = set()
@@ -74,7 +75,7 @@ class SimEngine:
         self.running += 1
         try:
             for position in range(request.sampling.max_tokens):
-                await asyncio.sleep(self.step_s)
+                await asyncio.sleep(self.step_s_of.get(name, self.step_s))
                 await self.may_go_on.wait()
                 self._alive()
                 token = answer(name, request.prompt_ids, position)

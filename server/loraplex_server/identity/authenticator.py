@@ -19,7 +19,7 @@ from loraplex_server.identity.tokens import (
     parse_key_set,
     principal_of,
 )
-from loraplex_server.identity.watched import WatchedFile
+from loraplex_server.watched import WatchedFile
 
 _T = TypeVar("_T")
 
