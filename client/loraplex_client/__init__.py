@@ -25,6 +25,7 @@ from loraplex_client.errors import (
 )
 from loraplex_client.types import (
     GREEDY,
+    AdapterCheck,
     AdapterInfo,
     ChatMessage,
     Completion,
@@ -38,10 +39,12 @@ from loraplex_client.types import (
     Tls,
     TokenIds,
     Usage,
+    Validation,
 )
 
 __all__ = [
     "GREEDY",
+    "AdapterCheck",
     "AdapterInfo",
     "AdapterNotFoundError",
     "AdapterRefusedError",
@@ -70,4 +73,5 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "Usage",
+    "Validation",
 ]

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from loraplex_client import errors
 from loraplex_client.types import (
+    AdapterCheck,
     AdapterInfo,
     ChatMessage,
     Completion,
@@ -24,6 +25,7 @@ from loraplex_client.types import (
     Tls,
     TokenIds,
     Usage,
+    Validation,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import generation_pb2 as gpb
@@ -212,6 +214,28 @@ def arms_of(message: apb.Rollout) -> tuple[RolloutArm, ...]:
     return tuple(
         RolloutArm(**{item.name: getattr(arm, item.name) for item in fields(RolloutArm)})
         for arm in message.arms
+    )
+
+
+def validation_of(message: apb.ValidateAdapterResponse) -> Validation:
+    """Turn the wire report into ours."""
+    forecast = message.forecast
+    return Validation(
+        valid=message.valid,
+        checks=tuple(
+            AdapterCheck(
+                name=check.name,
+                outcome=_short(apb.CheckOutcome.Name(check.outcome), "CHECK_OUTCOME_"),
+                reason=check.reason,
+                detail=check.detail,
+            )
+            for check in message.checks
+        ),
+        adapter=adapter_of(message.adapter) if message.HasField("adapter") else None,
+        staged_bytes=forecast.staged_bytes,
+        slot_bytes=forecast.slot_bytes,
+        slot_at_once=forecast.slot_at_once,
+        evicts=forecast.evicts,
     )
 
 

@@ -24,6 +24,7 @@ from loraplex_client.types import (
     RolloutArm,
     Sampling,
     Tls,
+    Validation,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc, generation_pb2_grpc
@@ -183,6 +184,14 @@ class AsyncClient:
             request = apb.UnpinAdapterRequest(adapter=adapter)
             reply = await self._adapters.UnpinAdapter(request, **self._options(timeout_s))
             return _core.adapter_of(reply.adapter)
+
+    async def validate_adapter(self, adapter: str, *, timeout_s: float | None = None) -> Validation:
+        """See `Client.validate_adapter`."""
+        with _named_errors():
+            request = apb.ValidateAdapterRequest(adapter=adapter)
+            return _core.validation_of(
+                await self._adapters.ValidateAdapter(request, **self._options(timeout_s))
+            )
 
     async def get_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
         """See `Client.get_rollout`."""

@@ -24,6 +24,7 @@ from loraplex_client.types import (
     RolloutArm,
     Sampling,
     Tls,
+    Validation,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
 from loraplex_protos.v1 import adapters_pb2_grpc, generation_pb2_grpc
@@ -190,6 +191,12 @@ class Client:
         with _named_errors():
             request = apb.UnpinAdapterRequest(adapter=adapter)
             return _core.adapter_of(self._adapters.UnpinAdapter(request, **self._options(timeout_s)).adapter)
+
+    def validate_adapter(self, adapter: str, *, timeout_s: float | None = None) -> Validation:
+        """Every check of a load without loading, with what a load would need now."""
+        with _named_errors():
+            request = apb.ValidateAdapterRequest(adapter=adapter)
+            return _core.validation_of(self._adapters.ValidateAdapter(request, **self._options(timeout_s)))
 
     def get_rollout(self, adapter: str, *, timeout_s: float | None = None) -> tuple[RolloutArm, ...]:
         """How calls for "tenant/adapter" are split between its tags, the stable tag first; () where they are not."""

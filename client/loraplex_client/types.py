@@ -117,6 +117,37 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterCheck:
+    """One check of `Validation`: "passed", "failed" or "not_made"; `reason` is what a load would end with."""
+
+    name: str
+    outcome: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a load would find.
+
+    Attributes:
+        checks: in the order in which a load makes them.
+        adapter: None where a check failed before it was known.
+        staged_bytes, slot_bytes: of memory, beside the engine and within it (reserved since the server's start).
+        slot_at_once: whether it would get a slot without waiting for a call to end.
+        evicts: whether another adapter would have to leave.
+    """
+
+    valid: bool
+    checks: tuple[AdapterCheck, ...]
+    adapter: AdapterInfo | None
+    staged_bytes: int
+    slot_bytes: int
+    slot_at_once: bool
+    evicts: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutArm:
     """One tag of a split, as one server sees it.
 

@@ -11,6 +11,7 @@ from loraplex_server.calls import current_call
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.gate import Gate
 from loraplex_server.identity.principals import may_see
+from loraplex_server.preflight import FAILED, NOT_MADE, PASSED, Check, forecast
 from loraplex_server.requests import parse_ref
 from loraplex_server.residency import AdapterStatus, State
 from loraplex_server.versions import AdapterVersion, Progress
@@ -23,6 +24,11 @@ _STATES = {
     State.LOADING: apb.ADAPTER_STATE_LOADING,
     State.RESIDENT: apb.ADAPTER_STATE_RESIDENT,
     State.DRAINING: apb.ADAPTER_STATE_DRAINING,
+}
+_CHECK_OUTCOMES = {
+    PASSED: apb.CHECK_OUTCOME_PASSED,
+    FAILED: apb.CHECK_OUTCOME_FAILED,
+    NOT_MADE: apb.CHECK_OUTCOME_NOT_MADE,
 }
 _PHASES = {
     "resolve": apb.LOAD_PHASE_RESOLVE,
@@ -137,7 +143,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: apb.ValidateAdapterRequest, _context: Any
     ) -> apb.ValidateAdapterResponse:
         """Every check of a load, without loading."""
-        raise NotImplementedError
+        report = await self._gate.examine(parse_ref(request.adapter), current_call().principal)
+        backend = self._gate.backend
+        need = forecast(backend.residency, report, slot_bytes=backend.slot_bytes)
+        reply = apb.ValidateAdapterResponse(
+            valid=report.valid,
+            checks=map(_check, report.checks),
+            forecast=apb.LoadForecast(**vars(need)),
+        )
+        if report.version is not None:
+            status = backend.residency.status(report.version.digest)
+            reply.adapter.CopyFrom(_adapter(status) if status else _absent(report.version))
+            reply.adapter.rank, reply.adapter.size_bytes = report.rank, report.size_bytes
+        return reply
 
     async def GetRollout(  # noqa: N802
         self, request: apb.GetRolloutRequest, _context: Any
@@ -161,6 +179,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
         return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
+
+
+def _check(check: Check) -> apb.AdapterCheck:
+    outcome = _CHECK_OUTCOMES[check.outcome]
+    return apb.AdapterCheck(name=check.name, outcome=outcome, reason=check.reason, detail=check.detail)
 
 
 def _whole(text: str) -> AdapterRef:

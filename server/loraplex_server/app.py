@@ -36,6 +36,7 @@ from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.preflight import slot_bytes
 from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.rollout.splits import Splits
@@ -225,6 +226,12 @@ class App:
             rollouts=make_rollouts(config, self._splits, events=self._metrics),
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
+            slot_bytes=slot_bytes(
+                self._engine.base,
+                rank=config.engine_rank,
+                element_bytes=4 if config.model.dtype == "float32" else 2,
+                embeddings=config.adapters.embeddings,
+            ),
         )
 
     async def _set_health(self, status: Any) -> None:

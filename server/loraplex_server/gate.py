@@ -1,16 +1,21 @@
 """What the services work with, and whether they may: one place that is empty until the engine answers."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from loraplex_registry.errors import AdapterNotFoundError
 from loraplex_registry.refs import AdapterRef
 from loraplex_server.engine import Engine
 from loraplex_server.errors import EngineUnavailableError, NotFoundError
 from loraplex_server.identity.principals import Principal, may_see
+from loraplex_server.preflight import Report, examine
 from loraplex_server.residency import Residency
 from loraplex_server.rollout.rollouts import Rollouts
 from loraplex_server.scheduling.scheduler import Scheduler
 from loraplex_server.versions import AdapterVersion, Progress, Versions
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Backend:
     rollouts: Rollouts
     model_name: str
     prompt_chars_max: int
+    slot_bytes: int
 
 
 class Gate:
@@ -55,11 +61,24 @@ class Gate:
         Raises:
             NotFoundError: unknown, or another tenant's: the same words for both.
         """
+        return await self._hiding(ref, principal, lambda versions: versions.resolve(ref, progress))
+
+    async def examine(self, ref: AdapterRef, principal: Principal) -> Report:
+        """Make every check of a load for a caller; see `preflight`.
+
+        Raises:
+            NotFoundError: as `resolve`.
+        """
+        return await self._hiding(ref, principal, lambda versions: examine(versions, ref))
+
+    async def _hiding(
+        self, ref: AdapterRef, principal: Principal, work: Callable[[Versions], Awaitable[_T]]
+    ) -> _T:
         missing = NotFoundError(f"no adapter {ref} here", metadata={"adapter": str(ref)})
         versions = self.backend.versions
         if versions is None or not may_see(principal, ref.tenant):
             raise missing
         try:
-            return await versions.resolve(ref, progress)
+            return await work(versions)
         except AdapterNotFoundError:
             raise missing from None

@@ -21,7 +21,7 @@ from loraplex_registry.delivery.handoff import Handoff, hand_off
 from loraplex_registry.errors import PolicyRefusedError, SettingsError, StoreUnavailableError, TrustError
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, Resolved, StagedAdapter
-from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
+from loraplex_registry.trust.verdict import CHECKS, Trace, VerifiedManifest
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
@@ -143,7 +143,10 @@ class Versions:
             if check == CHECKS[0]:
                 progress("verify", 0, 0)
 
-        verified = self._verifier.verify(ref, base_digest=self._base.digest, trace=told)
+        return self._verified(ref, told)
+
+    def _verified(self, ref: AdapterRef, trace: Trace) -> AdapterVersion:
+        verified = self._verifier.verify(ref, base_digest=self._base.digest, trace=trace)
         manifest = verified.manifest
         return AdapterVersion(
             name=f"{manifest.tenant}/{manifest.adapter}@{manifest.digest}",
@@ -153,6 +156,24 @@ class Versions:
             digest=manifest.digest,
             verified=verified,
         )
+
+    async def verify(self, ref: AdapterRef, trace: Trace) -> AdapterVersion:
+        """Resolve and verify now, whatever is known of the name, telling every check.
+
+        Raises:
+            As `resolve`.
+        """
+        return await asyncio.to_thread(self._verified, ref, trace)
+
+    async def try_out(self, version: AdapterVersion) -> StagedAdapter:
+        """Fetch and check a verified version's bytes as `stage` does, and let go of them; its path is gone already.
+
+        Raises:
+            As `stage`.
+        """
+        handoff = await self._fetch(version, _silent)
+        await asyncio.to_thread(handoff.close)
+        return handoff.staged
 
     async def reconsider(self, version: AdapterVersion) -> None:
         """Decide again about a version that was verified before, by the revocation list and the time of now.
