@@ -196,6 +196,8 @@ class App:
             events=self._metrics,
             slots=config.adapters.slots,
             load_timeout_s=config.adapters.load_timeout_s,
+            memory_bytes_max=config.adapters.memory_bytes_max,
+            ahead_max=max(1, config.adapters.fetches_max // 2),
             clock=clock,
         )
         scheduler = make_scheduler(config, events=self._metrics, resident=lambda: self.residency.resident)

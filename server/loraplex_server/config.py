@@ -73,6 +73,7 @@ class AdapterSettings:
     )
     cache_dir: str = ""  # verified bytes on disk, shared by servers; empty: under the user's cache
     cache_bytes_max: int = CACHE_BYTES_MAX  # adapters in the engine are kept beyond it
+    memory_bytes_max: int = 1 << 30  # adapters ready in memory beside those in slots; 0: none
     handoff: str = "sealed"  # what the engine reads: "sealed" memory, or the cache's own "directory"
     load_timeout_s: float = 60.0  # from first byte to serving, waiting for a slot included
     fetches_max: int = 4  # at the same time
@@ -303,6 +304,7 @@ def _check(config: Config, origin: Path) -> None:
         ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
         ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
         ("adapters.cache_bytes_max", adapters.cache_bytes_max, 0, 1 << 60),
+        ("adapters.memory_bytes_max", adapters.memory_bytes_max, 0, 1 << 50),
         ("adapters.load_timeout_s", adapters.load_timeout_s, 0.1, 3600),
         ("adapters.fetches_max", adapters.fetches_max, 1, 64),
         ("registry.tag_ttl_s", config.registry.tag_ttl_s, 0, 3600),

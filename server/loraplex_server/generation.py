@@ -121,6 +121,8 @@ class Generation:
             return None
         version = await self._gate.resolve(wanted.adapter, current_call().principal)
         account.tenant = version.tenant
+        if self._gate.backend.scheduler.full:
+            self._gate.backend.residency.prefetch(version)
         return version
 
     @asynccontextmanager

@@ -78,7 +78,7 @@ class Metrics:
             buckets=LOAD_BUCKETS, registry=registry,
         )  # fmt: skip
         self._adapter_requests = Counter(
-            "loraplex_adapter_cache_requests", "Calls that wanted an adapter: hit, miss, or joined to a load.",
+            "loraplex_adapter_cache_requests", "Calls that wanted an adapter: hit, staged, miss, or joined to a load.",
             ("result",), registry=registry,
         )  # fmt: skip
         self._adapter_phases = Histogram(
@@ -90,10 +90,14 @@ class Metrics:
         )
         self._adapter_gone = Counter(
             "loraplex_adapter_removals",
-            "Resident adapters that left, by cause.",
-            ("cause",),
+            "Adapters that left a tier, by tier and cause.",
+            ("tier", "cause"),
             registry=registry,
         )
+        self._adapter_ahead = Counter(
+            "loraplex_adapter_prefetches", "Fetches ahead of a call: started, here, or full.", ("result",),
+            registry=registry,
+        )  # fmt: skip
         self._turn_wait = Histogram(
             "loraplex_turn_wait_seconds", "Waiting for a turn at the engine, among all tenants' calls.", tenant,
             buckets=REQUEST_BUCKETS, registry=registry,
@@ -165,9 +169,13 @@ class Metrics:
         """See `residency.ResidencyEvents`."""
         self._adapter_loads.labels(reason).inc()
 
-    def adapter_gone(self, cause: str) -> None:
+    def adapter_gone(self, tier: str, cause: str) -> None:
         """See `residency.ResidencyEvents`."""
-        self._adapter_gone.labels(cause).inc()
+        self._adapter_gone.labels(tier, cause).inc()
+
+    def adapter_ahead(self, result: str) -> None:
+        """See `residency.ResidencyEvents`."""
+        self._adapter_ahead.labels(result).inc()
 
     def serve(self, host: str, port: int) -> "MetricsPage":
         """Show the metrics at http://host:port/metrics, from a thread of its own."""

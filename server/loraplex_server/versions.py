@@ -24,7 +24,7 @@ from loraplex_registry.registry import Registry, Resolved, StagedAdapter
 from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
-from loraplex_registry.validation.weights import Limits
+from loraplex_registry.validation.weights import WEIGHTS_NAME, Limits
 
 CACHED_NAMES_MAX = 10_000
 _log = logging.getLogger(__name__)
@@ -47,6 +47,16 @@ class AdapterVersion:
     version: str
     digest: str
     verified: VerifiedManifest
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of any module."""
+        return self.verified.manifest.lora.rank
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights file."""
+        return self.verified.manifest.file(WEIGHTS_NAME).size
 
 
 class AdapterSource(Protocol):
