@@ -41,6 +41,8 @@ class ServerSettings:
     reflection: bool = True
     default_deadline_s: float = 300.0  # for calls that bring none
     drain_s: float = 20.0  # given to running calls after SIGTERM
+    engine_restarts_max: int = 3  # of an engine that died, within the window; beyond them the process ends
+    engine_restarts_window_s: float = 600.0
     message_mib_max: int = 4  # one gRPC message
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
@@ -313,6 +315,8 @@ def _check(config: Config, origin: Path) -> None:
         ("auth.leeway_s", config.auth.leeway_s, 0, 300),
         ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
         ("server.drain_s", config.server.drain_s, 0, 3600),
+        ("server.engine_restarts_max", config.server.engine_restarts_max, 0, 100),
+        ("server.engine_restarts_window_s", config.server.engine_restarts_window_s, 1, 86_400),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),

@@ -102,6 +102,9 @@ class Metrics:
             "loraplex_turn_wait_seconds", "Waiting for a turn at the engine, among all tenants' calls.", tenant,
             buckets=REQUEST_BUCKETS, registry=registry,
         )  # fmt: skip
+        self._engine_restarts = Counter(
+            "loraplex_engine_restarts", "Engines that died and were replaced.", registry=registry
+        )
         self.waiting = Gauge("loraplex_requests_waiting", "Calls that wait for a turn.", registry=registry)
         self.fairness_gap = Gauge(
             "loraplex_fairness_gap_tokens",
@@ -176,6 +179,10 @@ class Metrics:
     def adapter_ahead(self, result: str) -> None:
         """See `residency.ResidencyEvents`."""
         self._adapter_ahead.labels(result).inc()
+
+    def engine_restarted(self) -> None:
+        """See `supervision.SupervisionEvents`."""
+        self._engine_restarts.inc()
 
     def serve(self, host: str, port: int) -> "MetricsPage":
         """Show the metrics at http://host:port/metrics, from a thread of its own."""

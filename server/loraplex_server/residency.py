@@ -260,7 +260,7 @@ class Residency:
         return True
 
     async def engine_lost(self, error: EngineUnavailableError) -> None:
-        """The engine died: end its calls with `error` and keep what was resident for `restore`, pins included."""
+        """The engine died: end its calls with `error`, and keep what had a slot for `restore`, pins included."""
         self._flights.lost.set()
         self._flights.notify()
         flights = [e.flight for e in self._books if e.flight and e.state is State.LOADING]
@@ -284,9 +284,13 @@ class Residency:
         self._flights.engine, self._flights.lost = engine, asyncio.Event()
         back = [entry for entry in self._books if entry.state is State.LOADING and entry.flight is None]
         flights = [self._flights.take_off(entry) for entry in reversed(back)]
-        for result in await asyncio.gather(*flights, return_exceptions=True):
-            if isinstance(result, BaseException):
-                _log.warning("an adapter did not come back with the engine: %s", result)
+        if flights:
+            await asyncio.wait(flights)  # a caller that is cancelled leaves them flying
+        for flight in flights:
+            if not flight.cancelled() and flight.exception() is not None:
+                _log.warning(
+                    "%s did not come back with the engine: %s", flight.get_name(), flight.exception()
+                )
 
     async def close(self) -> None:
         """Stop every flight and wait until it has cleaned up. The engine is left to its owner."""

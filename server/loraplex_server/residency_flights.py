@@ -197,7 +197,9 @@ class Flights:
         finally:
             self._events.adapter_load_ended(reason)
             entry.flight = None
-            if reason != "ok":
+            if reason == EngineUnavailableError.code and self.lost.is_set() and entry.slot:
+                entry.adapter = None  # it waits in LOADING for the next engine
+            elif reason != "ok":
                 self.books.move(entry, State.DRAINING)  # those who come now wait, then start afresh
                 await asyncio.shield(self._clear(entry, left, Cause.FAILED))
             self.notify()

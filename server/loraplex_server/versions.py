@@ -72,6 +72,20 @@ class AdapterSource(Protocol):
         """Let go of the bytes; the engine will not read them again."""
 
 
+class NoSource:
+    """Stands where a registry would: nothing resolves without one, so nothing is ever staged."""
+
+    async def stage(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:  # noqa: ARG002
+        """See `AdapterSource.stage`."""
+        raise AssertionError("no registry, yet an adapter was resolved")
+
+    async def confirm(self, staged: StagedAdapter) -> None:
+        """Nothing was staged."""
+
+    async def discard(self, staged: StagedAdapter) -> None:
+        """Nothing was staged."""
+
+
 class Versions:
     """Resolves names with one verifier (registry, trust policy, what was seen before), for one base model."""
 

@@ -21,11 +21,13 @@ from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
 from loraplex_server.config import Config
+from loraplex_server.engine import Engine
 from loraplex_server.errors import ConfigError
+from loraplex_server.residency import Residency, ResidencyEvents
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
-from loraplex_server.versions import Versions
+from loraplex_server.versions import AdapterSource, Versions
 
 
 def cache_dir() -> Path:
@@ -114,6 +116,23 @@ def make_versions(config: Config, base: BaseModel, policy: TrustPolicy, cache: C
         stale_s_max=settings.stale_s_max,
         fetches_max=adapters.fetches_max,
         fetch_s_max=adapters.load_timeout_s,
+        clock=time.monotonic,
+    )
+
+
+def make_residency(
+    config: Config, *, engine: Engine, source: AdapterSource, events: ResidencyEvents
+) -> Residency:
+    """Return what keeps adapters in an engine; see `Residency` for the arguments."""
+    adapters = config.adapters
+    return Residency(
+        engine=engine,
+        source=source,
+        events=events,
+        slots=adapters.slots,
+        memory_bytes_max=adapters.memory_bytes_max,
+        ahead_max=max(1, adapters.fetches_max // 2),
+        load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
     )
 
