@@ -90,15 +90,15 @@ class VllmEngine:
         """Start vLLM on a thread: it takes tens of seconds, in which probes, refusals and signals go on."""
         self._starting = asyncio.ensure_future(asyncio.to_thread(self._make_llm, directory))
         try:
-            self._llm = await asyncio.shield(self._starting)
+            self._llm = llm = await asyncio.shield(self._starting)
             # It begins to listen to its engine core with the first question that is asked in this loop.
-            await self._llm.list_loras()
+            await llm.list_loras()
         except Exception as error:
             raise EngineUnavailableError(
                 f"vLLM could not start {self._config.model.path}: {error}"
             ) from error
-        self._context_tokens = self._llm.model_config.max_model_len
-        self._vocab_size = self._llm.model_config.get_vocab_size()
+        self._context_tokens = llm.model_config.max_model_len
+        self._vocab_size = llm.model_config.get_vocab_size()
 
     def _make_llm(self, directory: Path) -> "AsyncLLM":
         _set_environment(self._config)

@@ -1,8 +1,9 @@
 """From a name to a verified digest, and from a verified digest to bytes on disk.
 
 Promises: what `resolve` returns carries a signature that the trust policy accepts for exactly that tenant,
-adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time;
-while the store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
+adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time and
+without a body while it has not moved, and its dates, marks and revocations are judged by the time of now; while the
+store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
 Failures are never remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read
 them; on disk they stay in a cache that other servers share. The registry library is synchronous: its calls run on
 threads.
@@ -86,6 +87,15 @@ class NoSource:
         """Nothing was staged."""
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What a name meant when it was asked for last, and what the store said then."""
+
+    asked_s: float
+    version: AdapterVersion
+    resolved: Resolved
+
+
 class Versions:
     """Resolves names with one verifier (registry, trust policy, what was seen before), for one base model."""
 
@@ -118,7 +128,7 @@ class Versions:
         self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
         self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
         self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
-        self._known: OrderedDict[str, tuple[float, AdapterVersion]] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
         """Turn a reference into a verified version.
@@ -130,8 +140,8 @@ class Versions:
         """
         key = str(ref)
         known = self._known.get(key)
-        if known and self._clock() - known[0] < self._tag_ttl_s:
-            return known[1]
+        if known and self._clock() - known.asked_s < self._tag_ttl_s:
+            return known.version
         flight = self._flights.get(key)
         if flight is None:
             flight = asyncio.create_task(self._ask(key, ref, progress or _silent), name=f"resolve {key}")
@@ -142,34 +152,38 @@ class Versions:
         return await asyncio.shield(flight)  # a caller that leaves takes nobody's answer away
 
     async def _ask(self, key: str, ref: AdapterRef, progress: Progress) -> AdapterVersion:
+        before = self._known.get(key)
         try:
-            version = await asyncio.to_thread(self._resolve, ref, progress)
+            known = await asyncio.to_thread(self._resolve, ref, before, progress)
         except StoreUnavailableError:
-            known = self._known.get(key)
-            if known and self._clock() - known[0] < self._stale_s_max:
-                return known[1]
+            before = self._known.get(key)  # it may have been forgotten meanwhile
+            if before and self._clock() - before.asked_s < self._stale_s_max:
+                return before.version
             raise
         except Exception:
             self._known.pop(key, None)
             raise
-        self._remember(key, version)
-        return version
+        self._remember(key, known)
+        return known.version
 
     def _landed(self, key: str, flight: "asyncio.Task[AdapterVersion]") -> None:
         self._flights.pop(key, None)
         if not flight.cancelled():
             flight.exception()  # every caller may have left; then nobody else asks for it
 
-    def _resolve(self, ref: AdapterRef, progress: Progress) -> AdapterVersion:
+    def _resolve(self, ref: AdapterRef, before: "_Known | None", progress: Progress) -> "_Known":
+        """Ask whether a name means what it meant, and decide about what it means by the time of now."""
+        asked_s = self._clock()
         progress("resolve", 0, 0)
 
         def told(check: str, outcome: str, detail: str) -> None:  # noqa: ARG001
             if check == CHECKS[0]:
                 progress("verify", 0, 0)
 
-        verified = self._verifier.verify(ref, base_digest=self._base.digest, trace=told)
+        resolved = self._verifier.resolve(ref, before.resolved if before else None)
+        verified = self._verifier.decide(resolved, base_digest=self._base.digest, trace=told)
         manifest = verified.manifest
-        return AdapterVersion(
+        version = AdapterVersion(
             name=f"{manifest.tenant}/{manifest.adapter}@{manifest.digest}",
             tenant=manifest.tenant,
             adapter=manifest.adapter,
@@ -177,6 +191,7 @@ class Versions:
             digest=manifest.digest,
             verified=verified,
         )
+        return _Known(asked_s, version, resolved)
 
     async def reconsider(self, version: AdapterVersion) -> None:
         """Decide again about a version that was verified before, by the revocation list and the time of now.
@@ -190,12 +205,12 @@ class Versions:
         try:
             await asyncio.to_thread(self._verifier.decide, resolved, base_digest=self._base.digest)
         except TrustError:
-            for key in [key for key, (_, known) in self._known.items() if known.digest == version.digest]:
+            for key in [key for key, known in self._known.items() if known.version.digest == version.digest]:
                 del self._known[key]
             raise
 
-    def _remember(self, key: str, version: AdapterVersion) -> None:
-        self._known[key] = (self._clock(), version)
+    def _remember(self, key: str, known: "_Known") -> None:
+        self._known[key] = known
         self._known.move_to_end(key)
         while len(self._known) > CACHED_NAMES_MAX:
             self._known.popitem(last=False)
