@@ -37,6 +37,7 @@ from loraplex_server.generation_service import GenerationService
 from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.identity.watched import refresh_for_ever
+from loraplex_server.integrity import Patrol
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
@@ -115,6 +116,9 @@ class App:
             interval_s = self._config.registry.revocations_ttl_s
             work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
             self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
+        source = self._versions or NoSource()
+        patrol = Patrol(self.residency, source, clock=time.monotonic)
+        self._watching.append(asyncio.create_task(patrol.run(), name="integrity"))
         await self._set_health(_SERVING)
 
     async def wait(self) -> NoReturn:

@@ -308,7 +308,7 @@ class Residency:
         before = {entry.digest: entry.adapter for entry in self._books if entry.state is State.RESIDENT}
         if self.moving or self._flights.lost.is_set():
             return []
-        loaded = await self._flights.engine.loaded()
+        loaded = await self._flights.of_engine(self._flights.engine.loaded())
         if self.moving or self._flights.lost.is_set():
             return []
         there = [
@@ -326,6 +326,18 @@ class Residency:
                 found.append(f"the engine has lost {entry.version.name}")
                 await self._flights.let_go(entry, Cause.INTEGRITY)
         return found
+
+    async def damaged(self, staged: StagedAdapter) -> bool:
+        """Have an adapter leave because its bytes are not right any more, once its calls have ended.
+
+        Returns:
+            False when nothing is to be done: these bytes have left already.
+        """
+        entry = self._books.get(staged.digest)
+        if entry is None or entry.staged is not staged or entry.state not in (State.STAGED, State.RESIDENT):
+            return False
+        await self._flights.let_go(entry, Cause.INTEGRITY)
+        return True
 
     async def check(self) -> None:
         """Compare the books with the engine's own list and with their laws; for tests.

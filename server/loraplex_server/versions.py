@@ -11,6 +11,7 @@ threads.
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ class AdapterSource(Protocol):
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of the bytes; the engine will not read them again."""
 
+    def pieces(self, staged: StagedAdapter) -> int:
+        """Pieces that `recheck` looks at; 0 when the bytes were let go of."""
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+        """Look at a piece of the bytes again; the processor time it took, in seconds. Raises DigestMismatchError."""
+
 
 class NoSource:
     """Stands where a registry would: nothing resolves without one, so nothing is ever staged."""
@@ -85,6 +92,14 @@ class NoSource:
 
     async def discard(self, staged: StagedAdapter) -> None:
         """Nothing was staged."""
+
+    def pieces(self, staged: StagedAdapter) -> int:  # noqa: ARG002
+        """Nothing was staged."""
+        return 0
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:  # noqa: ARG002
+        """Nothing was staged."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,29 @@ class Versions:
             DigestMismatchError: somebody changed the path meanwhile; the engine must drop what it read.
         """
         await asyncio.to_thread(self._handoffs[staged.digest].confirm)
+
+    def pieces(self, staged: StagedAdapter) -> int:
+        """See `AdapterSource.pieces`."""
+        handoff = self._handoffs.get(staged.digest)
+        return handoff.pieces if handoff and handoff.staged is staged else 0
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+        """Look at a piece of what was staged again.
+
+        Returns:
+            Processor time, in seconds.
+
+        Raises:
+            DigestMismatchError: it changed, or was let go of meanwhile.
+        """
+        handoff = self._handoffs[staged.digest]
+
+        def look() -> float:
+            started = time.thread_time()
+            handoff.recheck(piece)
+            return time.thread_time() - started
+
+        return await asyncio.to_thread(look)
 
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of a path; what is on disk stays in the cache. Doing it twice does nothing."""

@@ -39,6 +39,8 @@ class SimSource:
     staged: Counter[str] = field(default_factory=Counter)
     swapped: set[str] = field(default_factory=set)
     delay_s: float = 0.0
+    recheck_s: float = 0.0
+    rechecked: list[tuple[str, int]] = field(default_factory=list)
 
     async def stage(self, wanted: AdapterVersion, progress: Progress) -> StagedAdapter:
         self.staged[wanted.adapter] += 1
@@ -58,6 +60,13 @@ class SimSource:
 
     async def discard(self, staged: StagedAdapter) -> None:
         staged.path.rmdir()
+
+    def pieces(self, staged: StagedAdapter) -> int:
+        return int(staged.path.is_dir())
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+        self.rechecked.append((staged.path.name, piece))
+        return self.recheck_s
 
 
 @dataclass
