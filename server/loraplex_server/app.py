@@ -287,9 +287,10 @@ async def serve(config: Config) -> int:
             watching.result()
         return 0
     finally:
-        for task in (starting, watching, signalled):
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (starting, watching, signalled) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await app.stop(drain_s=config.server.drain_s)
 
 

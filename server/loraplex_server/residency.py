@@ -73,11 +73,14 @@ class Residency:
         load_timeout_s: float,
         clock: Callable[[], float],
         memory_bytes_max: int = 0,
+        staged_max: int = 1000,
         ahead_max: int = 2,
     ) -> None:
         self._events = events
         self._ahead_max = ahead_max
-        self._books: Books[Entry] = Books(slots=slots, memory_bytes_max=memory_bytes_max)
+        self._books: Books[Entry] = Books(
+            slots=slots, memory_bytes_max=memory_bytes_max, staged_max=staged_max
+        )
         self._flights = Flights(
             books=self._books,
             engine=engine,
@@ -178,7 +181,8 @@ class Residency:
             if entry is None:
                 raise AdapterNotReadyError(
                     f"{version.name} does not fit into memory now: {self.memory_bytes} of "
-                    f"{self.memory_bytes_max} bytes are in use",
+                    f"{self.memory_bytes_max} bytes are in use, by {self._books.staged} of at most "
+                    f"{self._books.staged_max} adapters",
                     retry_after_s=RETRY_AFTER_S,
                 )
             if entry.state is State.DRAINING:

@@ -15,9 +15,9 @@ What only passes through on its way to a slot is never STAGED. LOADING waits for
 From DRAINING an adapter goes back to STAGED when only its slot was wanted and memory has room for it.
 
 Laws, checked at every change: the drawing and no other way; at most `slots` slots are claimed and `slots - 1` adapters
-pinned; the bytes of STAGED adapters and those reserved for adapters fetched ahead of a call are at most
-`memory_bytes_max`; what is RESIDENT has a slot and what is STAGED has none; what is leased, pinned or waited for is
-never offered as a victim. Adapters in slots keep their bytes too, which `slots` bounds.
+pinned; STAGED adapters and those fetched ahead of a call are at most `staged_max`, and their bytes, reserved ones
+included, at most `memory_bytes_max`; what is RESIDENT has a slot and what is STAGED has none; what is leased, pinned or
+waited for is never offered as a victim. Adapters in slots keep their bytes too, which `slots` bounds.
 
 Records are kept least recently used first.
 """
@@ -105,9 +105,10 @@ R = TypeVar("R", bound=Record)
 class Books(Generic[R]):
     """See the module."""
 
-    def __init__(self, *, slots: int, memory_bytes_max: int) -> None:
+    def __init__(self, *, slots: int, memory_bytes_max: int, staged_max: int) -> None:
         self.slots = slots
         self.memory_bytes_max = memory_bytes_max
+        self.staged_max = staged_max
         self._records: dict[str, R] = {}
 
     def __iter__(self) -> Iterator[R]:
@@ -131,9 +132,12 @@ class Books(Generic[R]):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the memory tier, reserved ones included."""
-        return sum(
-            record.size_bytes for record in self if record.state is State.STAGED or _is_reserved(record)
-        )
+        return sum(record.size_bytes for record in self if _is_in_memory(record))
+
+    @property
+    def staged(self) -> int:
+        """Adapters of the memory tier, those fetched for it included."""
+        return sum(map(_is_in_memory, self))
 
     def enter(self, record: R) -> None:
         """Begin with an absent adapter."""
@@ -173,7 +177,7 @@ class Books(Generic[R]):
     def out_of_memory(
         self, record: R, size_bytes: int, *, spared: Callable[[R], bool] = lambda _: False
     ) -> list[R] | None:
-        """Return the staged adapters that leave so that `size_bytes` of `record` fit, least recently used first.
+        """Return the staged adapters that leave so that `record` with `size_bytes` fits, least recently used first.
 
         Only adapters used before it leave for it. None: it does not fit.
 
@@ -182,15 +186,16 @@ class Books(Generic[R]):
             size_bytes: of its bytes.
             spared: adapters that must stay though nobody uses them.
         """
-        held = record.size_bytes if self.get(record.digest) is record and _is_reserved(record) else 0
-        room, leaving = self.memory_bytes_max - self.memory_bytes + held, list[R]()
+        held = self.get(record.digest) is record and _is_in_memory(record)
+        room = self.memory_bytes_max - self.memory_bytes + held * record.size_bytes
+        places, leaving = self.staged_max - self.staged + held, list[R]()
         for other in self:
-            if room >= size_bytes or other is record:
+            if (room >= size_bytes and places > 0) or other is record:
                 break
             if other.state is State.STAGED and other.free and not spared(other):
                 leaving.append(other)
-                room += other.size_bytes
-        return leaving if room >= size_bytes else None
+                room, places = room + other.size_bytes, places + 1
+        return leaving if room >= size_bytes and places > 0 else None
 
     def obey(self) -> None:
         """Check every law; for tests and idle moments, because it looks at every record.
@@ -206,6 +211,7 @@ class Books(Generic[R]):
         assert self.slots_used <= self.slots, "more slots are claimed than there are"
         assert self.pins <= max(0, self.slots - 1), "no slot is left for others"
         assert self.memory_bytes <= self.memory_bytes_max, "more bytes are staged than may be"
+        assert self.staged <= self.staged_max, "more adapters are staged than may be"
 
 
 def _check_record(record: Record) -> None:
@@ -213,5 +219,6 @@ def _check_record(record: Record) -> None:
     assert not (record.slot and record.state is State.STAGED), f"{record.digest} is staged in a slot"
 
 
-def _is_reserved(record: Record) -> bool:
-    return record.reserved and record.state in (State.FETCHING, State.VERIFYING)
+def _is_in_memory(record: Record) -> bool:
+    coming = record.reserved and record.state in (State.FETCHING, State.VERIFYING)
+    return coming or record.state is State.STAGED

@@ -6,9 +6,11 @@ What is wrong in the settings is raised as ConfigError that names the key.
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Final
 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.encryption.key_providers import KeyRing
@@ -28,6 +30,12 @@ from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
 from loraplex_server.versions import AdapterSource, Versions
+
+DESCRIPTORS_PER_ADAPTER: Final = 5
+"""File descriptors that one adapter's sealed bytes hold."""
+
+STAGED_MAX: Final = 2000
+"""Most adapters ready in memory, however small; the books are looked through at each change."""
 
 
 def cache_dir() -> Path:
@@ -131,10 +139,19 @@ def make_residency(
         events=events,
         slots=adapters.slots,
         memory_bytes_max=adapters.memory_bytes_max,
+        staged_max=_staged_max(adapters.slots),
         ahead_max=max(1, adapters.fetches_max // 2),
         load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
     )
+
+
+def _staged_max(slots: int) -> int:
+    """Adapters without a slot that half of this process's file descriptors hold, the slots taken off."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return STAGED_MAX
+    return max(0, min(STAGED_MAX, descriptors // 2 // DESCRIPTORS_PER_ADAPTER - slots))
 
 
 def make_scheduler(

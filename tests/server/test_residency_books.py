@@ -48,24 +48,25 @@ def drop(books: Books[Record], leaving: list[Record]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(moves=MOVES, slots=st.integers(2, 3), memory=st.integers(0, 9))
+@given(moves=MOVES, slots=st.integers(2, 3), memory=st.integers(0, 9), staged_max=st.integers(0, 3))
 def test_slots_pins_and_memory_never_exceed_their_bounds(
-    moves: list[tuple[int, State, int]], slots: int, memory: int
+    moves: list[tuple[int, State, int]], slots: int, memory: int, staged_max: int
 ) -> None:
     """Law: no way along the drawing, taken as `out_of_memory`, `claim_slot` and `may_pin` say, breaks a bound."""
-    books: Books[Record] = Books(slots=slots, memory_bytes_max=memory)
+    books: Books[Record] = Books(slots=slots, memory_bytes_max=memory, staged_max=staged_max)
     for name, state, number in moves:
         attempt(books, str(name), state, number)
         books.obey()
         staged = sum(record.size_bytes for record in books if record.state is State.STAGED)
         assert staged <= books.memory_bytes <= memory
+        assert sum(record.state is State.STAGED for record in books) <= books.staged <= staged_max
         assert sum(record.state is State.RESIDENT for record in books) <= books.slots_used <= slots
         assert books.pins < slots
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
 def test_the_drawing_and_no_other_way(before: State, after: State) -> None:
-    books: Books[Record] = Books(slots=2, memory_bytes_max=10)
+    books: Books[Record] = Books(slots=2, memory_bytes_max=10, staged_max=9)
     record = Record("a", size_bytes=1)
     books.enter(record)
     record.state, record.slot = before, after is State.RESIDENT
@@ -87,7 +88,7 @@ def test_the_drawing_and_no_other_way(before: State, after: State) -> None:
 def test_memory_is_freed_in_the_order_of_use_and_not_a_byte_more_than_needed(
     sizes: list[int], busy: set[int], wanted: int
 ) -> None:
-    books: Books[Record] = Books(slots=2, memory_bytes_max=sum(sizes))
+    books: Books[Record] = Books(slots=2, memory_bytes_max=sum(sizes), staged_max=9)
     for number, size in enumerate(sizes):
         record = Record(str(number), size_bytes=size)
         books.enter(record)
@@ -106,7 +107,7 @@ def test_memory_is_freed_in_the_order_of_use_and_not_a_byte_more_than_needed(
 
 
 def test_what_was_used_later_never_leaves_memory_for_what_was_used_before_it() -> None:
-    books: Books[Record] = Books(slots=2, memory_bytes_max=2)
+    books: Books[Record] = Books(slots=2, memory_bytes_max=2, staged_max=9)
     old, new = Record("old", size_bytes=1), Record("new", size_bytes=2)
     for record in (old, new):
         books.enter(record)
@@ -118,7 +119,7 @@ def test_what_was_used_later_never_leaves_memory_for_what_was_used_before_it() -
 
 
 def test_an_adapter_is_entered_once() -> None:
-    books: Books[Record] = Books(slots=2, memory_bytes_max=0)
+    books: Books[Record] = Books(slots=2, memory_bytes_max=0, staged_max=9)
     books.enter(Record("a"))
     with pytest.raises(AssertionError, match="already"):
         books.enter(Record("a"))

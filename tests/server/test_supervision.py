@@ -1,15 +1,22 @@
 """When the engine dies: calls end, a fresh one takes its place with the same adapters, and not for ever."""
 
 import asyncio
+import os
+import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from loraplex_client import AdapterRefusedError, AsyncClient, Sampling, UnavailableError
+from loraplex_server import app
+from loraplex_server.config import parse_config
 from loraplex_server.errors import EngineUnavailableError
+from loraplex_server.metrics import Metrics
 from loraplex_server.supervision import Supervisor
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, running, until
@@ -38,7 +45,8 @@ async def health(client: AsyncClient) -> int:
 
 async def until_serving(client: AsyncClient) -> None:
     async with asyncio.timeout(5):
-        while await health(client) != health_pb2.HealthCheckResponse.SERVING:  # noqa: ASYNC110  (asked over the wire)
+        # Asked over the wire, so nothing here could set an event.
+        while await health(client) != health_pb2.HealthCheckResponse.SERVING:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -211,3 +219,52 @@ async def test_another_base_model_under_the_same_path_is_not_served(shop: Shop) 
     engines[0].dead = True
     with pytest.raises(EngineUnavailableError, match="base model"):
         await asyncio.wait_for(supervisor.watch(nothing, nothing), 5)
+
+
+@pytest.mark.parametrize("moment", ["starting", "restarting", "draining", "died while draining"])
+async def test_a_signal_ends_the_server_with_status_0_whatever_it_is_doing(
+    shop: Shop, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, may_start = list[SimEngine](), asyncio.Event()
+    may_start.set()
+
+    def make(*_: Any, **__: Any) -> SimEngine:
+        engines.append(SimEngine(shop.base, slots=2))
+        return engines[-1]
+
+    async def start(_: SimEngine) -> None:
+        await may_start.wait()
+
+    monkeypatch.setattr(app, "VllmEngine", make)
+    monkeypatch.setattr(SimEngine, "start", start)
+    monkeypatch.setattr(app, "Metrics", lambda **_: Metrics(tenants_max=1, registry=CollectorRegistry()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = {"listen": f"127.0.0.1:{port}", "metrics_listen": "127.0.0.1:0", "drain_s": 0.3}
+    document = {"model": {"path": "sim"}, "server": server, "adapters": {"cache_dir": "cache"}}
+    if moment == "starting":
+        may_start.clear()
+    serving = asyncio.create_task(app.serve(parse_config(document, origin=shop.root / "server.toml")))
+    await until(lambda: bool(engines))
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_s=10) as client:
+        if moment == "starting":
+            await asyncio.sleep(0.05)
+        else:
+            await until_serving(client)
+            engines[0].step_s = 0.02
+            call = asyncio.create_task(client.generate("x", sampling=LONG))
+            await until(lambda: engines[0].running == 1)
+        if moment == "restarting":
+            may_start.clear()
+            engines[0].dead = True
+            await until(lambda: len(engines) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if "draining" in moment:
+            await asyncio.sleep(0.05)
+            engines[0].dead = moment == "died while draining"
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(serving, 5) == 0
+        if moment != "starting":
+            with pytest.raises(UnavailableError):
+                await call

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from loraplex_client import Sampling, UnavailableError
+from loraplex_server.wiring import DESCRIPTORS_PER_ADAPTER
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running, until
 
@@ -54,6 +56,23 @@ async def test_staging_what_does_not_fit_says_so(shop: Shop) -> None:
             [step async for step in client.load_adapter("acme/orders", stage_only=True)]
         assert caught.value.code == "ADAPTER_NOT_READY"
         await client.generate("x", adapter="acme/orders", sampling=FOUR)
+
+
+async def test_adapters_in_memory_never_hold_more_than_half_of_the_descriptors(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 2 * DESCRIPTORS_PER_ADAPTER * (2 + 1)  # room for two slots and one more adapter
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    names = [f"acme/a{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        shop.publish(name, seed=number)
+    async with running(shop) as rig, rig.client() as client:
+        before = open_files()
+        for name in names:
+            await client.generate("x", adapter=name, sampling=FOUR)
+        states = [adapter.state async for adapter in client.list_adapters()]
+        assert states == ["staged", "resident", "resident"]
+        await until(lambda: open_files() - before <= limit // 2 + 2)  # and the connection of this client
 
 
 async def test_unloading_gives_back_slot_bytes_and_descriptors_of_every_tier(shop: Shop) -> None:
