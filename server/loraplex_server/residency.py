@@ -234,7 +234,7 @@ class Residency:
         self._flights.notify()
         return _status(entry)
 
-    async def unload(self, digest: str, *, cause: Cause = Cause.UNLOADED) -> bool:
+    async def unload(self, digest: str) -> bool:
         """Free slot and memory once the adapter's running requests have ended; whether it was here at all.
 
         Requests that arrive meanwhile wait, and bring it in again afterwards. A flight is awaited first.
@@ -242,7 +242,7 @@ class Residency:
         entry = self._books.get(digest)
         if entry is None:
             return False
-        await self._flights.let_go(entry, cause)
+        await self._flights.let_go(entry, Cause.UNLOADED)
         return True
 
     async def expel(self, digest: str, error: Exception) -> bool:
@@ -309,26 +309,21 @@ class Residency:
         An adapter that the engine has lost leaves, and comes back when it is asked for; one that the engine holds
         beyond the books is unloaded. Says nothing while adapters come or go.
         """
-        before = {entry.digest: entry.adapter for entry in self._books if entry.state is State.RESIDENT}
+        before = self._in_slots()
         if self.moving or self._flights.lost.is_set():
             return []
         loaded = await self._flights.of_engine(self._flights.engine.loaded())
-        if self.moving or self._flights.lost.is_set():
-            return []
-        there = [
-            entry for entry in self._books if entry.adapter and before.get(entry.digest) is entry.adapter
-        ]
-        if len(there) != len(before):
-            return []  # adapters came and went while the engine was asked
+        if self.moving or self._in_slots() != before:
+            return []  # adapters came or went while the engine was asked
+        known = {adapter.slot_id: entry for entry, adapter in before}
         found = []
-        for slot_id in sorted(loaded - {entry.adapter.slot_id for entry in there if entry.adapter}):
+        for slot_id in sorted(loaded - known.keys()):
             found.append(f"the engine held slot id {slot_id}, which is in no book")
             await self._flights.of_engine(self._flights.engine.unload(slot_id))
             self._events.adapter_gone(Tier.SLOT, Cause.INTEGRITY)
-        for entry in there:
-            if entry.adapter and entry.adapter.slot_id not in loaded:
-                found.append(f"the engine has lost {entry.version.name}")
-                await self._flights.let_go(entry, Cause.INTEGRITY)
+        for slot_id in sorted(known.keys() - loaded):
+            found.append(f"the engine has lost {known[slot_id].version.name}")
+            await self._flights.let_go(known[slot_id], Cause.INTEGRITY)
         return found
 
     async def damaged(self, staged: StagedAdapter) -> bool:
@@ -351,13 +346,18 @@ class Residency:
         """
         loaded = await self._flights.engine.loaded()
         self._books.obey()
-        resident = {e.adapter.slot_id for e in self._books if e.adapter and e.state is State.RESIDENT}
+        resident = {adapter.slot_id for _, adapter in self._in_slots()}
         assert resident == loaded, f"engine holds {sorted(loaded)}, books say {sorted(resident)}"
 
     def at_rest(self) -> list[StagedAdapter]:
         """Return the bytes that are kept for adapters in slots and in memory, while nothing happens to them."""
         there = (State.STAGED, State.RESIDENT)
         return [entry.staged for entry in self._books if entry.staged and entry.state in there]
+
+    def _in_slots(self) -> list[tuple[Entry, EngineAdapter]]:
+        """What the engine should list, the least recently loaded first."""
+        found = [(e, e.adapter) for e in self._books if e.adapter and e.state is State.RESIDENT]
+        return sorted(found, key=lambda item: item[1].slot_id)
 
     async def _ensure(self, version: AdapterVersion, progress: Progress | None) -> tuple[Entry, bool]:
         first = True

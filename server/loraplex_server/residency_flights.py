@@ -253,8 +253,11 @@ class Flights:
         entry.adapter = adapter
         started = self._clock()
         await self.of_engine(self.engine.load(adapter))
-        await self._source.confirm(entry.staged)  # before any request can use it
-        if adapter.slot_id not in await self.of_engine(self.engine.loaded()):
+        # Before any request can use it: were these the bytes, and does the engine really have it?
+        _, listed = await asyncio.gather(
+            self._source.confirm(entry.staged), self.of_engine(self.engine.loaded())
+        )
+        if adapter.slot_id not in listed:
             raise AdapterNotReadyError(
                 f"{adapter.name}: the engine says that it has loaded it, and does not list it",
                 retry_after_s=RETRY_AFTER_S,

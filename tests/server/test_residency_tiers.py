@@ -238,6 +238,26 @@ async def test_an_audit_mends_what_differs_between_books_and_engine(tmp_path: Pa
     await rig.residency.check()
 
 
+@pytest.mark.parametrize("meanwhile", ["comes", "goes"])
+async def test_an_adapter_that_comes_or_goes_while_the_engine_is_asked_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    rig = make_rig(tmp_path, slots=2)
+    await use(rig, "a")
+    engine = rig.engine
+
+    async def slowly() -> frozenset[int]:
+        before = frozenset(engine.adapters)
+        monkeypatch.undo()
+        await (use(rig, "b") if meanwhile == "comes" else rig.residency.unload(version("a").digest))
+        return frozenset(engine.adapters) if meanwhile == "comes" else before
+
+    monkeypatch.setattr(engine, "loaded", slowly)
+    assert await rig.residency.audit() == []
+    assert rig.states() == ({"a": "resident", "b": "resident"} if meanwhile == "comes" else {})
+    await rig.residency.check()
+
+
 async def test_an_audit_says_nothing_while_adapters_come_and_go(tmp_path: Path) -> None:
     rig = make_rig(tmp_path, slots=2)
     rig.engine.load_s = 0.02
