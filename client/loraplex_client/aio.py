@@ -156,11 +156,11 @@ class AsyncClient:
             return _core.adapter_of(reply.adapter)
 
     async def load_adapter(
-        self, adapter: str, *, timeout_s: float | None = None
+        self, adapter: str, *, stage_only: bool = False, timeout_s: float | None = None
     ) -> AsyncIterator[LoadProgress]:
         """See `Client.load_adapter`."""
         with _named_errors():
-            request = apb.LoadAdapterRequest(adapter=adapter)
+            request = apb.LoadAdapterRequest(adapter=adapter, stage_only=stage_only)
             async for message in self._adapters.LoadAdapter(request, **self._options(timeout_s)):
                 yield _core.progress_of(message)
 

@@ -20,6 +20,7 @@ GROUP = "loraplex.commands"
 SUMMARIES = {
     "demo": "watch the whole product work on this machine",
     "generate": "call a running server",
+    "load": "bring an adapter into a running server",
     "serve": "hold one base model and serve tenants' adapters over gRPC",
     "train": "train an adapter, and publish it signed",
 }

@@ -167,10 +167,18 @@ class Client:
             request = apb.GetAdapterRequest(adapter=adapter)
             return _core.adapter_of(self._adapters.GetAdapter(request, **self._options(timeout_s)).adapter)
 
-    def load_adapter(self, adapter: str, *, timeout_s: float | None = None) -> Iterator[LoadProgress]:
-        """Bring an adapter in; the last step is "ready" and carries it."""
+    def load_adapter(
+        self, adapter: str, *, stage_only: bool = False, timeout_s: float | None = None
+    ) -> Iterator[LoadProgress]:
+        """Bring an adapter in; the last step is "ready" and carries it.
+
+        Args:
+            adapter: reference, as of `generate`.
+            stage_only: only into memory, so that a later load is quick; it takes no slot.
+            timeout_s: seconds for the whole call; default the client's.
+        """
         with _named_errors():
-            request = apb.LoadAdapterRequest(adapter=adapter)
+            request = apb.LoadAdapterRequest(adapter=adapter, stage_only=stage_only)
             for message in self._adapters.LoadAdapter(request, **self._options(timeout_s)):
                 yield _core.progress_of(message)
 

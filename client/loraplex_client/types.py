@@ -101,7 +101,7 @@ class AdapterInfo:
 
     Attributes:
         name: "tenant/adapter@sha256:<hex>".
-        state: "absent", "fetching", "loading", "resident" or "draining".
+        state: "absent", "fetching", "staged", "loading", "resident" or "draining".
     """
 
     name: str

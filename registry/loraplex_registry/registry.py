@@ -52,7 +52,7 @@ from .lifecycle.tag_state import tag_names
 from .refs import AdapterRef, Version
 from .signing import Signer
 from .storage.root_marker import initialise, require_writable
-from .storage.store import CountingStore, Store
+from .storage.store import CountingStore, Item, Store
 from .trust.marks import MemoryMarks
 from .trust.revocations import RevocationObject, poll
 from .trust.verdict import Trace, TrustPolicy, VerifiedManifest, verify
@@ -104,13 +104,17 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What the store says a reference means. NOT verified: pass it to `Registry.verify` before believing any of it."""
+    """What the store says a reference means. NOT verified: pass it to `Registry.verify` before believing any of it.
+
+    `etag` is that of the object that said so, for asking again: see `Registry.resolve`.
+    """
 
     ref: AdapterRef
     version: Version
     digest: str
     record: CommittedRecord
     tag: TagObject | None = None
+    etag: str = ""
 
 
 def utc_now() -> dt.datetime:
@@ -262,10 +266,15 @@ class Registry:
             attested=attested,
         )
 
-    def resolve(self, ref: AdapterRef) -> Resolved:
+    def resolve(self, ref: AdapterRef, previous: Resolved | None = None) -> Resolved:
         """Look up what a reference means now. One request for a tag or a version.
 
         Without selector the newest committed version is meant; by digest, versions are searched from the newest.
+
+        Args:
+            ref: the reference.
+            previous: what it meant before; returned itself when it still does. Then a tag, a version or a digest
+                costs one conditional request without a body, and a name without selector a listing besides.
 
         Raises:
             AdapterNotFoundError: nothing committed answers to it.
@@ -273,14 +282,30 @@ class Registry:
             StoreUnavailableError, StoreRefusedError: the storage.
         """
         if ref.tag is not None:
-            return self._resolve_tag(ref)
+            return self._resolve_tag(ref, previous)
+        selected = ref.version is not None or ref.digest is not None
+        if previous is not None and selected and self._still(previous):
+            return previous
         versions = [ref.version] if ref.version is not None else version_names(self._store, ref)
         # By digest every record may have to be read; else the first committed one ends the search.
         each = in_parallel if ref.digest is not None else map
         gone: Record | None = None
-        for version, record in each(lambda version: (version, self._record(ref, version)), versions):
+
+        def look(version: Version) -> tuple[Version, Record | None, str]:
+            if (
+                previous is not None
+                and not selected
+                and version == previous.version
+                and self._still(previous)
+            ):
+                return version, previous.record, previous.etag
+            return version, *self._record(ref, version)
+
+        for version, record, etag in each(look, versions):
             if isinstance(record, CommittedRecord) and ref.digest in (None, record.digest):
-                return Resolved(ref, version, record.digest, record)
+                if previous is not None and record is previous.record:
+                    return previous
+                return Resolved(ref, version, record.digest, record, etag=etag)
             if ref.version is not None or _was(record, ref.digest):
                 gone = record
         raise not_found(self._store.url, ref, gone)
@@ -456,23 +481,41 @@ class Registry:
         """Yield an adapter's versions, newest first; one request each after the listing. Nothing is verified."""
         return list_versions(self._store, ref, version_names(self._store, ref))
 
-    def _resolve_tag(self, ref: AdapterRef) -> Resolved:
+    def _resolve_tag(self, ref: AdapterRef, previous: Resolved | None) -> Resolved:
         assert ref.tag is not None
+        key = layout.tag_key(ref, ref.tag)
         try:
-            item = self._store.get(layout.tag_key(ref, ref.tag), limit_bytes=RECORD_BYTES_MAX)
+            item = self._changed(key, previous)
         except KeyAbsentError as error:
             raise not_found(self._store.url, ref) from error
+        if item is None:
+            assert previous is not None
+            return previous
         tag = read_tag(item.body, where=str(ref))
         if tag.record is None or tag.statement.version is None:
             raise AdapterNotFoundError(f"{ref} was removed; `registry log {ref}` shows when.", removed=tag)
-        return Resolved(ref, tag.statement.version, tag.record.digest, tag.record, tag)
+        return Resolved(ref, tag.statement.version, tag.record.digest, tag.record, tag, item.etag)
 
-    def _record(self, ref: AdapterRef, version: Version) -> Record | None:
+    def _still(self, previous: Resolved) -> bool:
+        """Say whether the record of a version is the one that was read before."""
+        try:
+            return self._changed(layout.version_key(previous.ref, previous.version), previous) is None
+        except KeyAbsentError:
+            return False
+
+    def _changed(self, key: str, previous: Resolved | None) -> Item | None:
+        """Return an object; None when it is the one that `previous` was read from."""
+        if previous is None:
+            return self._store.get(key, limit_bytes=RECORD_BYTES_MAX)
+        return self._store.changed(key, etag=previous.etag, limit_bytes=RECORD_BYTES_MAX)
+
+    def _record(self, ref: AdapterRef, version: Version) -> tuple[Record | None, str]:
+        """Return a version's record with its etag; no record when there is none."""
         try:
             item = self._store.get(layout.version_key(ref, version), limit_bytes=RECORD_BYTES_MAX)
         except KeyAbsentError:
-            return None
-        return read_record(item.body, version=version, where=f"{ref.name}@{version}")
+            return None, ""
+        return read_record(item.body, version=version, where=f"{ref.name}@{version}"), item.etag
 
 
 def _was(record: Record | None, digest: str | None) -> bool:

@@ -21,6 +21,8 @@ PROGRESS_MESSAGES_MAX = 64  # waiting to be streamed; older byte counts are drop
 
 _STATES = {
     State.FETCHING: apb.ADAPTER_STATE_FETCHING,
+    State.VERIFYING: apb.ADAPTER_STATE_FETCHING,
+    State.STAGED: apb.ADAPTER_STATE_STAGED,
     State.LOADING: apb.ADAPTER_STATE_LOADING,
     State.RESIDENT: apb.ADAPTER_STATE_RESIDENT,
     State.DRAINING: apb.ADAPTER_STATE_DRAINING,
@@ -77,7 +79,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(  # type: ignore[override]  # noqa: N802  (the stubs know only generators)
         self, request: apb.LoadAdapterRequest, context: Any
     ) -> None:
-        """Bring an adapter in, telling each phase."""
+        """Bring an adapter in, or only into memory, telling each phase."""
         call = current_call()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[str, int, int] | None] = asyncio.Queue(PROGRESS_MESSAGES_MAX)
@@ -88,6 +90,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async def work() -> AdapterStatus:
             try:
                 version = await self._resolve(request.adapter, report)
+                if request.stage_only:
+                    return await self._gate.backend.residency.stage(version, report)
                 async with self._gate.backend.residency.lease(version, report):
                     status = self._gate.backend.residency.status(version.digest)
                     assert status is not None

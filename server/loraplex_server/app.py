@@ -2,8 +2,9 @@
 
 The gRPC port opens at once, with health NOT_SERVING, so that probes see a starting server; calls are let
 through when the engine answers. SIGTERM or SIGINT: health NOT_SERVING, running calls finish within
-`server.drain_s`, then everything is closed and the exit status is 0. When the engine dies the process ends
-with status 1 for its supervisor to start it again.
+`server.drain_s`, then everything is closed and the exit status is 0. When the engine dies, its calls end UNAVAILABLE,
+health is NOT_SERVING and calls are refused until a fresh one has the same adapters; when it dies too often
+(`supervision`), the process ends with status 1.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -34,18 +36,21 @@ from loraplex_server.generation import Generation
 from loraplex_server.generation_service import GenerationService
 from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
+from loraplex_server.integrity import Patrol
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.preflight import slot_bytes
-from loraplex_server.reconsider import reconsider_for_ever
+from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.rollout.splits import Splits
+from loraplex_server.supervision import Supervisor
 from loraplex_server.tls import HttpTls, server_credentials
-from loraplex_server.versions import Versions
-from loraplex_server.watched import WatchedFile
+from loraplex_server.versions import NoSource, Versions
+from loraplex_server.watched import WatchedFile, refresh_for_ever
 from loraplex_server.wiring import (
     cache_dir,
     load_policy,
+    make_residency,
     make_rollouts,
     make_scheduler,
     make_versions,
@@ -53,31 +58,36 @@ from loraplex_server.wiring import (
     watch_splits,
 )
 
-_log = logging.getLogger(__name__)
-
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
-ENGINE_CHECK_INTERVAL_S = 1.0
-CREDENTIALS_CHECK_INTERVAL_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class App:
-    """One server. `start`, then `wait` for the engine to fail, then `stop`; all in one event loop."""
+    """One server. `start`, then `wait`, which keeps an engine alive, then `stop`; all in one event loop."""
 
     def __init__(
-        self, config: Config, *, engine: Engine | None = None, metrics: Metrics | None = None
+        self,
+        config: Config,
+        *,
+        make_engine: Callable[[], Engine] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._config = config
-        self._cache_dir = cache_dir()
-        self._engine = engine or VllmEngine(config, cache_dir=self._cache_dir)
         self._metrics = metrics or Metrics(tenants_max=config.limits.tenants_labelled_max)
+        self._supervisor = Supervisor(
+            make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir())),
+            restarts_max=config.server.engine_restarts_max,
+            window_s=config.server.engine_restarts_window_s,
+            events=self._metrics,
+            clock=time.monotonic,
+        )
+        self._backend: Backend | None = None
         self._gate = Gate()
         self._health = _Health()
-        self._residency: Residency | None = None
         self._grpc: Any = None
         self._page: MetricsPage | None = None
         self._http: HttpApi | None = None
@@ -105,20 +115,40 @@ class App:
         self._splits = watch_splits(self._config)
         watched = (authenticator, self._http_tls, self._splits)
         refreshes = [one.refresh for one in watched if one is not None]
-        self._watching.append(asyncio.create_task(_refresh(refreshes), name="watch credentials"))
-        await self._engine.start()
-        self._gate.open(self._backend(policy, cache))
+        self._watching.append(asyncio.create_task(refresh_for_ever(refreshes), name="watch files"))
+        await self._supervisor.start()
+        self._backend = self._make_backend(self._supervisor.engine, policy, cache)
+        self._gate.open(self._backend)
         if self._versions is not None:
             interval_s = self._config.registry.revocations_ttl_s
             work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
             self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
+        source = self._versions or NoSource()
+        patrol = Patrol(self.residency, source, clock=time.monotonic)
+        self._watching.append(asyncio.create_task(patrol.run(), name="integrity"))
         await self._set_health(_SERVING)
 
-    async def wait(self) -> None:
-        """Watch the engine; returns never, raises EngineUnavailableError when it has died."""
-        while True:
-            await asyncio.sleep(ENGINE_CHECK_INTERVAL_S)
-            await self._engine.check()
+    async def wait(self) -> NoReturn:
+        """Watch the engine and replace it when it dies.
+
+        Raises:
+            ConfigError, EngineUnavailableError: it cannot be replaced any more; see `Supervisor.watch`.
+        """
+        await self._supervisor.watch(self._engine_lost, self._engine_back)
+
+    async def _engine_lost(self, error: EngineUnavailableError) -> None:
+        self._gate.close()
+        await self._set_health(_NOT_SERVING)
+        await self.residency.engine_lost(error)
+
+    async def _engine_back(self, engine: Engine) -> None:
+        assert self._backend is not None
+        if self._versions is not None:  # what was revoked meanwhile stays out
+            await reconsider_all(self._versions, self.residency)
+        await self.residency.restore(engine)
+        self._backend = replace(self._backend, engine=engine)
+        self._gate.open(self._backend)
+        await self._set_health(_SERVING)
 
     async def stop(self, *, drain_s: float) -> None:
         """Refuse new work, give running calls `drain_s` seconds, close everything. May be called twice."""
@@ -130,9 +160,9 @@ class App:
         self._gate.close()
         for task in self._watching:
             task.cancel()
-        if self._residency is not None:
-            await self._residency.close()
-        await self._engine.close()
+        if self._backend is not None:
+            await self._backend.residency.close()
+        await self._supervisor.close()
         if self._page is not None:
             await asyncio.to_thread(self._page.close)
             self._page = None
@@ -142,8 +172,8 @@ class App:
     @property
     def residency(self) -> Residency:
         """The adapters in the engine; after `start`."""
-        assert self._residency is not None, "start() first"
-        return self._residency
+        assert self._backend is not None, "start() first"
+        return self._backend.residency
 
     async def _open_port(self, authenticator: Authenticator) -> None:
         server = self._config.server
@@ -200,34 +230,29 @@ class App:
             ) from error
         self.http_port = self._http.port
 
-    def _backend(self, policy: TrustPolicy | None, cache: Cache) -> Backend:
-        config, clock = self._config, time.monotonic
+    def _make_backend(self, engine: Engine, policy: TrustPolicy | None, cache: Cache) -> Backend:
+        config = self._config
         if policy is not None:
-            self._versions = make_versions(config, self._engine.base, policy, cache)
-        self._residency = Residency(
-            engine=self._engine,
-            source=self._versions or _NoSource(),
-            events=self._metrics,
-            slots=config.adapters.slots,
-            load_timeout_s=config.adapters.load_timeout_s,
-            clock=clock,
+            self._versions = make_versions(config, engine.base, policy, cache)
+        residency = make_residency(
+            config, engine=engine, source=self._versions or NoSource(), events=self._metrics
         )
-        scheduler = make_scheduler(config, events=self._metrics, resident=lambda: self.residency.resident)
+        scheduler = make_scheduler(config, events=self._metrics, resident=lambda: residency.resident)
         self._metrics.waiting.set_function(lambda: scheduler.waiting)
         self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
         self._metrics.slots_total.set(config.adapters.slots)
-        self._metrics.slots_used.set_function(lambda: self.residency.slots_used)
-        self._metrics.pins.set_function(lambda: self.residency.pins)
+        self._metrics.slots_used.set_function(lambda: residency.slots_used)
+        self._metrics.pins.set_function(lambda: residency.pins)
         return Backend(
-            engine=self._engine,
+            engine=engine,
             versions=self._versions,
-            residency=self._residency,
+            residency=residency,
             scheduler=scheduler,
             rollouts=make_rollouts(config, self._splits, events=self._metrics),
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
             slot_bytes=slot_bytes(
-                self._engine.base,
+                engine.base,
                 rank=config.engine_rank,
                 element_bytes=4 if config.model.dtype == "float32" else 2,
                 embeddings=config.adapters.embeddings,
@@ -237,30 +262,6 @@ class App:
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
-
-
-async def _refresh(refreshes: Sequence[Callable[[], object]]) -> None:
-    """Take over changed files of credentials, for as long as the server runs."""
-    while True:
-        await asyncio.sleep(CREDENTIALS_CHECK_INTERVAL_S)
-        for refresh in refreshes:
-            try:
-                await asyncio.to_thread(refresh)
-            except Exception:  # whatever a file holds: the next change of another one must still be seen
-                _log.exception("changed credentials could not be read; what was in force stays")
-
-
-class _NoSource:
-    """Stands where a registry would: nothing resolves without one, so nothing is ever staged."""
-
-    async def stage(self, version: Any, progress: Any) -> Any:  # noqa: ARG002
-        raise AssertionError("no registry, yet an adapter was resolved")
-
-    async def confirm(self, staged: Any) -> None:
-        """Nothing was staged."""
-
-    async def discard(self, staged: Any) -> None:
-        """Nothing was staged."""
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -281,6 +282,7 @@ async def serve(config: Config) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     starting = asyncio.create_task(app.start())
     signalled = asyncio.create_task(stopping.wait())
+    watching: asyncio.Task[NoReturn] | None = None
     try:
         await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -297,11 +299,12 @@ async def serve(config: Config) -> int:
         await asyncio.wait({watching, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
-        watching.cancel()
         return 0
     finally:
-        starting.cancel()
-        signalled.cancel()
+        tasks = [task for task in (starting, watching, signalled) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await app.stop(drain_s=config.server.drain_s)
 
 

@@ -41,6 +41,8 @@ class ServerSettings:
     reflection: bool = True
     default_deadline_s: float = 300.0  # for calls that bring none
     drain_s: float = 20.0  # given to running calls after SIGTERM
+    engine_restarts_max: int = 3  # of an engine that died, within the window; beyond them the process ends
+    engine_restarts_window_s: float = 600.0
     message_mib_max: int = 4  # one gRPC message
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
@@ -73,6 +75,7 @@ class AdapterSettings:
     )
     cache_dir: str = ""  # verified bytes on disk, shared by servers; empty: under the user's cache
     cache_bytes_max: int = CACHE_BYTES_MAX  # adapters in the engine are kept beyond it
+    memory_bytes_max: int = 1 << 30  # adapters ready in memory beside those in slots; 0: none
     handoff: str = "sealed"  # what the engine reads: "sealed" memory, or the cache's own "directory"
     load_timeout_s: float = 60.0  # from first byte to serving, waiting for a slot included
     fetches_max: int = 4  # at the same time
@@ -315,6 +318,7 @@ def _check(config: Config, origin: Path) -> None:
         ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
         ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
         ("adapters.cache_bytes_max", adapters.cache_bytes_max, 0, 1 << 60),
+        ("adapters.memory_bytes_max", adapters.memory_bytes_max, 0, 1 << 50),
         ("adapters.load_timeout_s", adapters.load_timeout_s, 0.1, 3600),
         ("adapters.fetches_max", adapters.fetches_max, 1, 64),
         ("registry.tag_ttl_s", config.registry.tag_ttl_s, 0, 3600),
@@ -323,6 +327,8 @@ def _check(config: Config, origin: Path) -> None:
         ("auth.leeway_s", config.auth.leeway_s, 0, 300),
         ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
         ("server.drain_s", config.server.drain_s, 0, 3600),
+        ("server.engine_restarts_max", config.server.engine_restarts_max, 0, 100),
+        ("server.engine_restarts_window_s", config.server.engine_restarts_window_s, 1, 86_400),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),

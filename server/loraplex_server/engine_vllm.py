@@ -9,6 +9,7 @@ never given more adapters than it has slots.
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _log = logging.getLogger(__name__)
+START_POLL_S = 0.1
 
 
 class VllmEngine:
@@ -37,6 +39,7 @@ class VllmEngine:
         self._config = config
         self._cache_dir = cache_dir
         self._llm: AsyncLLM | None = None
+        self._starting: asyncio.Future[AsyncLLM] | None = None
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
         # One thread: Hugging Face tokenizers are not to be shared between threads.
@@ -84,20 +87,26 @@ class VllmEngine:
         await self._refuse_wrong_lora()
 
     async def _start_vllm(self, directory: Path) -> None:
-        _set_environment(self._config)
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
+        """Start vLLM on a thread: it takes tens of seconds, in which probes, refusals and signals go on."""
+        self._starting = asyncio.ensure_future(asyncio.to_thread(self._make_llm, directory))
         try:
-            arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory, self.base))
-            settings = arguments.create_engine_config()
-            self._llm = AsyncLLM.from_vllm_config(settings, disable_log_stats=False)
+            self._llm = llm = await asyncio.shield(self._starting)
+            # It begins to listen to its engine core with the first question that is asked in this loop.
+            await llm.list_loras()
         except Exception as error:
             raise EngineUnavailableError(
                 f"vLLM could not start {self._config.model.path}: {error}"
             ) from error
-        self._context_tokens = settings.model_config.max_model_len
-        self._vocab_size = settings.model_config.get_vocab_size()
+        self._context_tokens = llm.model_config.max_model_len
+        self._vocab_size = llm.model_config.get_vocab_size()
+
+    def _make_llm(self, directory: Path) -> "AsyncLLM":
+        _set_environment(self._config)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory, self.base))
+        return AsyncLLM.from_vllm_config(arguments.create_engine_config(), disable_log_stats=False)
 
     async def _refuse_wrong_lora(self) -> None:
         """On CPU, ask every worker which LoRA wrapper its layers hold, and stop unless it is ours."""
@@ -210,9 +219,23 @@ class VllmEngine:
     async def close(self) -> None:
         """See `Engine.close`."""
         llm, self._llm = self._llm, None
+        if llm is None and self._starting is not None:
+            llm = await _ended(self._starting)
+        self._starting = None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
         self._tokenizing.shutdown(wait=False)
+
+
+async def _ended(starting: "asyncio.Future[AsyncLLM]") -> "AsyncLLM | None":
+    """End a start that nobody waits for any more, and return what came of it all the same."""
+    while not starting.done():
+        for child in (
+            multiprocessing.active_children()
+        ):  # the engine core, as soon as there is one: the start fails then
+            child.kill()
+        await asyncio.wait([starting], timeout=START_POLL_S)
+    return None if starting.cancelled() or starting.exception() is not None else starting.result()
 
 
 def _load_tokenizer(directory: Path) -> Any:

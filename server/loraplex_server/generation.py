@@ -127,6 +127,8 @@ class Generation:
             session=wanted.session or call.id,
         )
         account.tenant, account.pick = pick.version.tenant, pick
+        if self._gate.backend.scheduler.full:
+            self._gate.backend.residency.prefetch(pick.version)
         return pick
 
     @asynccontextmanager

@@ -78,7 +78,7 @@ class Metrics:
             buckets=LOAD_BUCKETS, registry=registry,
         )  # fmt: skip
         self._adapter_requests = Counter(
-            "loraplex_adapter_cache_requests", "Calls that wanted an adapter: hit, miss, or joined to a load.",
+            "loraplex_adapter_cache_requests", "Calls that wanted an adapter: hit, staged, miss, or joined to a load.",
             ("result",), registry=registry,
         )  # fmt: skip
         self._adapter_phases = Histogram(
@@ -90,8 +90,8 @@ class Metrics:
         )
         self._adapter_gone = Counter(
             "loraplex_adapter_removals",
-            "Resident adapters that left, by cause.",
-            ("cause",),
+            "Adapters that left a tier, by tier and cause.",
+            ("tier", "cause"),
             registry=registry,
         )
         self._canary_calls = Counter(
@@ -103,10 +103,17 @@ class Metrics:
         self._canary_rollbacks = Counter(
             "loraplex_canary_rollbacks", "Canaries that lost their share.", registry=registry
         )
+        self._adapter_ahead = Counter(
+            "loraplex_adapter_prefetches", "Fetches ahead of a call: started, here, or full.", ("result",),
+            registry=registry,
+        )  # fmt: skip
         self._turn_wait = Histogram(
             "loraplex_turn_wait_seconds", "Waiting for a turn at the engine, among all tenants' calls.", tenant,
             buckets=REQUEST_BUCKETS, registry=registry,
         )  # fmt: skip
+        self._engine_restarts = Counter(
+            "loraplex_engine_restarts", "Engines that died and were replaced.", registry=registry
+        )
         self.waiting = Gauge("loraplex_requests_waiting", "Calls that wait for a turn.", registry=registry)
         self.fairness_gap = Gauge(
             "loraplex_fairness_gap_tokens",
@@ -174,9 +181,17 @@ class Metrics:
         """See `residency.ResidencyEvents`."""
         self._adapter_loads.labels(reason).inc()
 
-    def adapter_gone(self, cause: str) -> None:
+    def adapter_gone(self, tier: str, cause: str) -> None:
         """See `residency.ResidencyEvents`."""
-        self._adapter_gone.labels(cause).inc()
+        self._adapter_gone.labels(tier, cause).inc()
+
+    def adapter_ahead(self, result: str) -> None:
+        """See `residency.ResidencyEvents`."""
+        self._adapter_ahead.labels(result).inc()
+
+    def engine_restarted(self) -> None:
+        """See `supervision.SupervisionEvents`."""
+        self._engine_restarts.inc()
 
     def canary_call(self, outcome: str) -> None:
         """See `rollout.rollouts.RolloutEvents`."""

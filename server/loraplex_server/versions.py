@@ -1,8 +1,9 @@
 """From a name to a verified digest, and from a verified digest to bytes on disk.
 
 Promises: what `resolve` returns carries a signature that the trust policy accepts for exactly that tenant,
-adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time;
-while the store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
+adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time and
+without a body while it has not moved, and its dates, marks and revocations are judged by the time of now; while the
+store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
 Failures are never remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read
 them; on disk they stay in a cache that other servers share. The registry library is synchronous: its calls run on
 threads.
@@ -10,6 +11,7 @@ threads.
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from loraplex_registry.registry import Registry, Resolved, StagedAdapter
 from loraplex_registry.trust.verdict import CHECKS, Trace, VerifiedManifest
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
-from loraplex_registry.validation.weights import Limits
+from loraplex_registry.validation.weights import WEIGHTS_NAME, Limits
 
 CACHED_NAMES_MAX = 10_000
 _log = logging.getLogger(__name__)
@@ -48,6 +50,16 @@ class AdapterVersion:
     digest: str
     verified: VerifiedManifest
 
+    @property
+    def rank(self) -> int:
+        """Largest rank of any module."""
+        return self.verified.manifest.lora.rank
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights file."""
+        return self.verified.manifest.file(WEIGHTS_NAME).size
+
 
 class AdapterSource(Protocol):
     """Where residency gets an adapter's bytes."""
@@ -60,6 +72,43 @@ class AdapterSource(Protocol):
 
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of the bytes; the engine will not read them again."""
+
+    def pieces(self, staged: StagedAdapter) -> int:
+        """Pieces that `recheck` looks at; 0 when the bytes were let go of."""
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+        """Look at a piece of the bytes again; the processor time it took, in seconds. Raises DigestMismatchError."""
+
+
+class NoSource:
+    """Stands where a registry would: nothing resolves without one, so nothing is ever staged."""
+
+    async def stage(self, version: AdapterVersion, progress: Progress) -> StagedAdapter:  # noqa: ARG002
+        """See `AdapterSource.stage`."""
+        raise AssertionError("no registry, yet an adapter was resolved")
+
+    async def confirm(self, staged: StagedAdapter) -> None:
+        """Nothing was staged."""
+
+    async def discard(self, staged: StagedAdapter) -> None:
+        """Nothing was staged."""
+
+    def pieces(self, staged: StagedAdapter) -> int:  # noqa: ARG002
+        """Nothing was staged."""
+        return 0
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:  # noqa: ARG002
+        """Nothing was staged."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a name meant when it was asked for last, and what the store said then."""
+
+    asked_s: float
+    version: AdapterVersion
+    resolved: Resolved
 
 
 class Versions:
@@ -94,7 +143,7 @@ class Versions:
         self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
         self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
         self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
-        self._known: OrderedDict[str, tuple[float, AdapterVersion]] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
         """Turn a reference into a verified version.
@@ -106,8 +155,8 @@ class Versions:
         """
         key = str(ref)
         known = self._known.get(key)
-        if known and self._clock() - known[0] < self._tag_ttl_s:
-            return known[1]
+        if known and self._clock() - known.asked_s < self._tag_ttl_s:
+            return known.version
         flight = self._flights.get(key)
         if flight is None:
             flight = asyncio.create_task(self._ask(key, ref, progress or _silent), name=f"resolve {key}")
@@ -118,35 +167,39 @@ class Versions:
         return await asyncio.shield(flight)  # a caller that leaves takes nobody's answer away
 
     async def _ask(self, key: str, ref: AdapterRef, progress: Progress) -> AdapterVersion:
+        before = self._known.get(key)
         try:
-            version = await asyncio.to_thread(self._resolve, ref, progress)
+            known = await asyncio.to_thread(self._resolve, ref, before, progress)
         except StoreUnavailableError:
-            known = self._known.get(key)
-            if known and self._clock() - known[0] < self._stale_s_max:
-                return known[1]
+            before = self._known.get(key)  # it may have been forgotten meanwhile
+            if before and self._clock() - before.asked_s < self._stale_s_max:
+                return before.version
             raise
         except Exception:
             self._known.pop(key, None)
             raise
-        self._remember(key, version)
-        return version
+        self._remember(key, known)
+        return known.version
 
     def _landed(self, key: str, flight: "asyncio.Task[AdapterVersion]") -> None:
         self._flights.pop(key, None)
         if not flight.cancelled():
             flight.exception()  # every caller may have left; then nobody else asks for it
 
-    def _resolve(self, ref: AdapterRef, progress: Progress) -> AdapterVersion:
+    def _resolve(self, ref: AdapterRef, before: "_Known | None", progress: Progress) -> "_Known":
+        """Ask whether a name means what it meant, and decide about what it means by the time of now."""
+        asked_s = self._clock()
         progress("resolve", 0, 0)
 
         def told(check: str, outcome: str, detail: str) -> None:  # noqa: ARG001
             if check == CHECKS[0]:
                 progress("verify", 0, 0)
 
-        return self._verified(ref, told)
+        resolved = self._verifier.resolve(ref, before.resolved if before else None)
+        return _Known(asked_s, self._decided(resolved, told), resolved)
 
-    def _verified(self, ref: AdapterRef, trace: Trace) -> AdapterVersion:
-        verified = self._verifier.verify(ref, base_digest=self._base.digest, trace=trace)
+    def _decided(self, resolved: Resolved, trace: Trace) -> AdapterVersion:
+        verified = self._verifier.decide(resolved, base_digest=self._base.digest, trace=trace)
         manifest = verified.manifest
         return AdapterVersion(
             name=f"{manifest.tenant}/{manifest.adapter}@{manifest.digest}",
@@ -163,7 +216,7 @@ class Versions:
         Raises:
             As `resolve`.
         """
-        return await asyncio.to_thread(self._verified, ref, trace)
+        return await asyncio.to_thread(lambda: self._decided(self._verifier.resolve(ref, None), trace))
 
     async def try_out(self, version: AdapterVersion) -> StagedAdapter:
         """Fetch and check a verified version's bytes as `stage` does, and let go of them; its path is gone already.
@@ -187,12 +240,12 @@ class Versions:
         try:
             await asyncio.to_thread(self._verifier.decide, resolved, base_digest=self._base.digest)
         except TrustError:
-            for key in [key for key, (_, known) in self._known.items() if known.digest == version.digest]:
+            for key in [key for key, known in self._known.items() if known.version.digest == version.digest]:
                 del self._known[key]
             raise
 
-    def _remember(self, key: str, version: AdapterVersion) -> None:
-        self._known[key] = (self._clock(), version)
+    def _remember(self, key: str, known: "_Known") -> None:
+        self._known[key] = known
         self._known.move_to_end(key)
         while len(self._known) > CACHED_NAMES_MAX:
             self._known.popitem(last=False)
@@ -255,6 +308,29 @@ class Versions:
             DigestMismatchError: somebody changed the path meanwhile; the engine must drop what it read.
         """
         await asyncio.to_thread(self._handoffs[staged.digest].confirm)
+
+    def pieces(self, staged: StagedAdapter) -> int:
+        """See `AdapterSource.pieces`."""
+        handoff = self._handoffs.get(staged.digest)
+        return handoff.pieces if handoff and handoff.staged is staged else 0
+
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+        """Look at a piece of what was staged again.
+
+        Returns:
+            Processor time, in seconds.
+
+        Raises:
+            DigestMismatchError: it changed, or was let go of meanwhile.
+        """
+        handoff = self._handoffs[staged.digest]
+
+        def look() -> float:
+            started = time.thread_time()
+            handoff.recheck(piece)
+            return time.thread_time() - started
+
+        return await asyncio.to_thread(look)
 
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of a path; what is on disk stays in the cache. Doing it twice does nothing."""

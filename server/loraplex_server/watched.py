@@ -1,13 +1,14 @@
-"""A file that is read again when it changes, so that a credential is added or taken away without a restart.
+"""A file that is read again when it changes, so that a credential or a weight is added or taken away without a restart.
 
 Promises: `value` is always the content of a file that was read whole and understood; when the file has become wrong or
 unreadable, the content before it stays in force, the reason is logged once per change, and the file is tried again when
 it changes. `refresh` may run on a thread while `value` is read on others.
 """
 
+import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -18,6 +19,10 @@ _log = logging.getLogger(__name__)
 
 FILE_BYTES_MAX: Final = 32 << 20
 """Longest file read, in bytes (32 MiB: 100,000 keys take 15)."""
+
+
+CHECK_INTERVAL_S: Final = 1.0
+"""Seconds between two looks at the files."""
 
 
 class WatchedFile(Generic[_T]):
@@ -75,3 +80,14 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+async def refresh_for_ever(refreshes: Sequence[Callable[[], object]]) -> None:
+    """Take over changed files, each by its own `refresh`, until cancelled."""
+    while True:
+        await asyncio.sleep(CHECK_INTERVAL_S)
+        for refresh in refreshes:
+            try:
+                await asyncio.to_thread(refresh)
+            except Exception:  # whatever a file holds: the next change of another one must still be seen
+                _log.exception("a changed file could not be read; what was in force stays")

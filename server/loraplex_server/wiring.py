@@ -6,10 +6,12 @@ What is wrong in the settings is raised as ConfigError that names the key.
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.encryption.key_providers import KeyRing
@@ -22,15 +24,23 @@ from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
 from loraplex_server.config import Config
+from loraplex_server.engine import Engine
 from loraplex_server.errors import ConfigError
+from loraplex_server.residency import Residency, ResidencyEvents
 from loraplex_server.rollout.judge import Limits as RolloutLimits
 from loraplex_server.rollout.rollouts import RolloutEvents, Rollouts
 from loraplex_server.rollout.splits import Splits
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
-from loraplex_server.versions import Versions
+from loraplex_server.versions import AdapterSource, Versions
 from loraplex_server.watched import WatchedFile
+
+DESCRIPTORS_PER_ADAPTER: Final = 5
+"""File descriptors that one adapter's sealed bytes hold."""
+
+STAGED_MAX: Final = 2000
+"""Most adapters ready in memory, however small; the books are looked through at each change."""
 
 
 def cache_dir() -> Path:
@@ -154,6 +164,32 @@ def make_rollouts(config: Config, splits: WatchedFile[Splits] | None, *, events:
         events=events,
         clock=time.monotonic,
     )
+
+
+def make_residency(
+    config: Config, *, engine: Engine, source: AdapterSource, events: ResidencyEvents
+) -> Residency:
+    """Return what keeps adapters in an engine; see `Residency` for the arguments."""
+    adapters = config.adapters
+    return Residency(
+        engine=engine,
+        source=source,
+        events=events,
+        slots=adapters.slots,
+        memory_bytes_max=adapters.memory_bytes_max,
+        staged_max=_staged_max(adapters.slots),
+        ahead_max=max(1, adapters.fetches_max // 2),
+        load_timeout_s=adapters.load_timeout_s,
+        clock=time.monotonic,
+    )
+
+
+def _staged_max(slots: int) -> int:
+    """Adapters without a slot that half of this process's file descriptors hold, the slots taken off."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return STAGED_MAX
+    return max(0, min(STAGED_MAX, descriptors // 2 // DESCRIPTORS_PER_ADAPTER - slots))
 
 
 def make_scheduler(

@@ -76,6 +76,7 @@ class Stage:
         self.port = 0
         self.metrics_port = 0
         self.http_port = 0
+        self.pid = 0  # of the shared server
         self.encrypted: set[str] = set()  # digests whose bytes the server must keep off its disk
 
     @property
@@ -209,6 +210,7 @@ def server(stage: Stage) -> Iterator[Stage]:
     stage.toxics.down()
     with serving(write_settings(stage, stage.root / "server.toml")) as served:
         stage.port, stage.http_port, stage.metrics_port = served[:3]
+        stage.pid = served.process.pid
         with stage.client() as client:
             stage.down_at_start = _first_error(client)
         stage.toxics.heal()
@@ -248,7 +250,7 @@ def assert_healthy(server: Stage, client: Client) -> None:
         names = {path.name for path in server.cache.glob("sha256-*")}
         kept = {adapter.digest for adapter in adapters} - server.encrypted
         expected = {digest.replace(":", "-") for digest in kept}
-        if all(adapter.state == "resident" for adapter in adapters) and names == expected:
+        if all(adapter.state in ("resident", "staged") for adapter in adapters) and names == expected:
             return
         assert time.monotonic() < deadline, f"left behind: {adapters}, {names}"
         time.sleep(0.1)

@@ -114,6 +114,33 @@ def test_resolving_a_tag_or_a_version_is_one_request(
         assert flaky.calls == ["get"]
 
 
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("acme/orders@prod", ["changed"]),
+        ("acme/orders@1", ["changed"]),
+        ("acme/orders@{digest}", ["changed"]),
+        ("acme/orders", ["children", "changed"]),
+    ],
+)
+def test_asking_again_is_one_conditional_request_and_gives_back_what_was_known(
+    store: Store,
+    registry: Registry,
+    adapter: Path,
+    signer: Signer,
+    base: BaseModel,
+    text: str,
+    calls: list[str],
+) -> None:
+    published = registry.publish(adapter, PROD, signer, base)
+    ref = AdapterRef.parse(text.format(digest=published.digest))
+    known = registry.resolve(ref)
+    flaky = FlakyStore(store)
+    assert Registry(flaky).resolve(ref, known) is known
+    assert flaky.calls == calls
+    assert Registry(flaky).resolve(ref, dataclasses.replace(known, etag='"another"')) == known
+
+
 def test_an_existing_version_with_other_content_is_a_conflict(
     registry: Registry, adapter: Path, signer: Signer, base: BaseModel
 ) -> None:

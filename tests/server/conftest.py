@@ -37,13 +37,20 @@ class Shop:
         self.registry.initialise()
 
     def publish(
-        self, ref: str, *, seed: int = 0, rank: int = 4, tag: str | None = None, signer: str | None = None
+        self,
+        ref: str,
+        *,
+        seed: int = 0,
+        rank: int = 4,
+        tag: str | None = None,
+        signer: str | None = None,
+        expires: str = "",
     ) -> Published:
         """Make an adapter from a seed, sign it with its tenant's key and publish it."""
         parsed = AdapterRef.parse(ref)
         directory = make_adapter(self.root / f"{parsed.adapter}-{seed}-{rank}", rank=rank, seed=seed)
         key = self.signers[signer or parsed.tenant]
-        return self.registry.publish(directory, parsed, key, self.base, tag=tag)
+        return self.registry.publish(directory, parsed, key, self.base, tag=tag, expires=expires)
 
 
 @pytest.fixture

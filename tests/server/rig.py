@@ -22,8 +22,13 @@ FOUR = Sampling(max_tokens=4, temperature=0)
 class Rig:
     """A running server and what is behind it."""
 
-    def __init__(self, shop: Shop, app: App, engine: SimEngine, counts: CollectorRegistry) -> None:
-        self.shop, self.app, self.engine, self.counts = shop, app, engine, counts
+    def __init__(self, shop: Shop, app: App, engines: list[SimEngine], counts: CollectorRegistry) -> None:
+        self.shop, self.app, self.engines, self.counts = shop, app, engines, counts
+
+    @property
+    def engine(self) -> SimEngine:
+        """The engine of now; the ones before it died."""
+        return self.engines[-1]
 
     @asynccontextmanager
     async def client(
@@ -69,12 +74,17 @@ async def running(
         (shop.root / "keys.toml").write_text(keys)
         document["auth"] = {"keys": "keys.toml"}
     config = parse_config(document, origin=shop.root / "server.toml")
-    engine = SimEngine(shop.base, slots=config.adapters.slots)
+    engines: list[SimEngine] = []
+
+    def make_engine() -> SimEngine:
+        engines.append(SimEngine(shop.base, slots=config.adapters.slots))
+        return engines[-1]
+
     counts = CollectorRegistry()
-    app = App(config, engine=engine, metrics=Metrics(tenants_max=8, registry=counts))
+    app = App(config, make_engine=make_engine, metrics=Metrics(tenants_max=8, registry=counts))
     await app.start()
     try:
-        yield Rig(shop, app, engine, counts)
+        yield Rig(shop, app, engines, counts)
     finally:
         await app.stop(drain_s=0.1)
 

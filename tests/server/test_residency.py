@@ -2,106 +2,17 @@
 
 import asyncio
 import random
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraplex_registry.errors import DigestMismatchError, StoreUnavailableError, UnsupportedAdapterError
-from loraplex_registry.registry import StagedAdapter
-from loraplex_registry.validation.base import BaseModel
 from loraplex_server.errors import AdapterNotReadyError
-from loraplex_server.residency import Residency, State
-from loraplex_server.versions import AdapterVersion, Progress
-from tests.sim.engine import SimEngine
-
-BASE = BaseModel("sim", "sha256:" + "0" * 64, {"layer": (4, 4)}, 1000, 4, 64)
-
-
-def version(name: str) -> AdapterVersion:
-    digest = f"sha256:{name:0>64}"
-    return AdapterVersion(f"acme/{name}@{digest}", "acme", name, "1", digest, cast("Any", None))
-
-
-@dataclass
-class SimSource:
-    """Lays down an empty directory per adapter, counts, and fails on order."""
-
-    root: Path
-    errors: dict[str, Exception] = field(default_factory=dict)
-    staged: Counter[str] = field(default_factory=Counter)
-    swapped: set[str] = field(default_factory=set)
-    delay_s: float = 0.0
-
-    async def stage(self, wanted: AdapterVersion, progress: Progress) -> StagedAdapter:
-        self.staged[wanted.adapter] += 1
-        progress("fetch", 5, 10)
-        await asyncio.sleep(self.delay_s)
-        if wanted.adapter in self.errors:
-            raise self.errors[wanted.adapter]
-        path = self.root / wanted.adapter
-        path.mkdir()
-        return StagedAdapter(
-            digest=wanted.digest, path=path, manifest=cast("Any", None), size_bytes=10, rank=4
-        )
-
-    async def confirm(self, staged: StagedAdapter) -> None:
-        if staged.path.name in self.swapped:
-            raise DigestMismatchError("swapped")
-
-    async def discard(self, staged: StagedAdapter) -> None:
-        staged.path.rmdir()
-
-
-@dataclass
-class Events:
-    """Keeps what residency tells."""
-
-    requested: Counter[str] = field(default_factory=Counter)
-    ended: Counter[str] = field(default_factory=Counter)
-    gone: Counter[str] = field(default_factory=Counter)
-
-    def adapter_requested(self, result: str) -> None:
-        self.requested[result] += 1
-
-    def adapter_phase(self, phase: str, seconds: float) -> None:
-        assert seconds >= 0
-
-    def adapter_load_ended(self, reason: str) -> None:
-        self.ended[reason] += 1
-
-    def adapter_gone(self, cause: str) -> None:
-        self.gone[cause] += 1
-
-
-@dataclass
-class Rig:
-    engine: SimEngine
-    source: SimSource
-    events: Events
-    residency: Residency
-
-    def directories(self) -> set[str]:
-        return {item.name for item in self.source.root.iterdir()}
-
-
-def make_rig(root: Path, *, slots: int = 2, load_timeout_s: float = 5.0) -> Rig:
-    engine, source, events = SimEngine(BASE, slots=slots), SimSource(root), Events()
-    clock: Callable[[], float] = asyncio.get_running_loop().time
-    residency = Residency(
-        engine=engine, source=source, events=events, slots=slots, load_timeout_s=load_timeout_s, clock=clock
-    )
-    return Rig(engine, source, events, residency)
-
-
-async def use(rig: Rig, name: str) -> None:
-    async with rig.residency.lease(version(name)):
-        pass
+from loraplex_server.residency import State
+from tests.server.residency_rig import make_rig, use, version
 
 
 async def test_a_hundred_callers_of_one_cold_adapter_cause_one_fetch_and_one_load(tmp_path: Path) -> None:
@@ -118,7 +29,7 @@ async def test_the_least_recently_used_idle_adapter_is_evicted(tmp_path: Path) -
         await use(rig, name)
     assert {status.version.adapter for status in rig.residency.statuses()} == {"a", "c"}
     assert rig.directories() == {"a", "c"}
-    assert rig.events.gone == {"evicted": 1}
+    assert rig.events.gone == {"slot evicted_for_slot": 1}
     await rig.residency.check()
 
 

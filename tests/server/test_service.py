@@ -340,13 +340,13 @@ async def test_calls_without_a_deadline_get_the_servers(shop: Shop) -> None:
         assert rig.outcomes()["expired"] == 1
 
 
-async def test_an_engine_that_dies_gives_unavailable(shop: Shop) -> None:
-    async with running(shop) as rig, rig.client() as client:
+async def test_an_engine_that_dies_and_must_not_be_replaced_ends_the_server(shop: Shop) -> None:
+    async with running(shop, server={"engine_restarts_max": 0}) as rig, rig.client() as client:
         rig.engine.dead = True
         with pytest.raises(UnavailableError) as caught:
             await client.generate("x")
         assert caught.value.code == "ENGINE_UNAVAILABLE"
-        with pytest.raises(Exception, match="dead"):
+        with pytest.raises(Exception, match="died"):
             await asyncio.wait_for(rig.app.wait(), 5)
         rig.engine.dead = False
 

@@ -1,8 +1,8 @@
 """A deterministic engine with the server's own protocol, for schedules the real one is too slow for.
 
 Its tokens follow from (adapter name, prompt, position), so a test can tell who really answered. It can be told
-to be slow, to refuse or hang a load, and to die. Never shipped; the promises it helps to test are tested on the
-real engine too, in tests/e2e.
+to be slow, to refuse, hang or lie about a load, and to die. Never shipped; the promises it helps to test are tested
+on the real engine too, in tests/e2e.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class SimEngine:
         self.load_s = 0.0
         self.refuse_names: set[str] = set()
         self.hang_names: set[str] = set()
+        self.lie_names: set[str] = set()  # "loaded", and never in the list
         self.dead = False
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
@@ -95,7 +96,9 @@ class SimEngine:
         await asyncio.sleep(self.load_s)
         if adapter.name in self.refuse_names:
             raise UnsupportedAdapterError(f"{adapter.name}: refused on order")
-        self.adapters[adapter.slot_id] = adapter
+        self._alive()
+        if adapter.name not in self.lie_names:
+            self.adapters[adapter.slot_id] = adapter
 
     async def unload(self, slot_id: int) -> None:
         self._alive()
@@ -103,6 +106,7 @@ class SimEngine:
         self.adapters.pop(slot_id, None)
 
     async def loaded(self) -> frozenset[int]:
+        self._alive()
         return frozenset(self.adapters)
 
     async def check(self) -> None:

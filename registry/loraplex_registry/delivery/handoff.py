@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ..errors import DigestMismatchError, RegistryError, StoreUnavailableError, UnsupportedAdapterError
+from ..format.hashing import chunk_digest
 from ..format.manifest import FileEntry
 from ..registry import Registry
 from ..trust.verdict import VerifiedManifest
@@ -47,10 +48,15 @@ class Handoff:
     """A verified adapter that an engine may load from `staged.path`, until `close`."""
 
     def __init__(
-        self, staged: StagedAdapter, guard: SealedDirectory | _Files, held: contextlib.ExitStack
+        self,
+        staged: StagedAdapter,
+        guard: SealedDirectory | _Files,
+        held: contextlib.ExitStack,
+        config: bytes,
     ) -> None:
         self.staged = staged
         self._guard = guard
+        self._config = config
         self._held = held
         self._lease: Lease | None = None
 
@@ -66,6 +72,36 @@ class Handoff:
             DigestMismatchError: what the engine read may not be what was verified.
         """
         self._guard.confirm()
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that `recheck` looks at: the signed chunks of the weights."""
+        return len(self.staged.manifest.file(WEIGHTS_NAME).chunk_digests)
+
+    def recheck(self, piece: int) -> None:
+        """Look again at one piece, of 8 MiB at most; the first looks at the path and the configuration too.
+
+        For idle moments: memory fails, and files on a disk can be changed by whoever may write there.
+
+        Args:
+            piece: from 0 to `pieces`, exclusive.
+
+        Raises:
+            DigestMismatchError: it is not what was verified any more, or was closed meanwhile.
+        """
+        weights = self.staged.manifest.file(WEIGHTS_NAME)
+        try:
+            right = True
+            if piece == 0:
+                self.confirm()
+                right = (self.staged.path / CONFIG_NAME).read_bytes() == self._config
+            with (self.staged.path / WEIGHTS_NAME).open("rb") as file:
+                found = chunk_digest(file.fileno(), piece, size_bytes=weights.size)
+            right = right and found == weights.chunk_digests[piece]
+        except OSError as error:
+            raise DigestMismatchError(f"{self.staged.path} cannot be read any more.") from error
+        if not right:
+            raise DigestMismatchError(f"The bytes of {self.staged.digest} changed after they were verified.")
 
     def close(self) -> None:
         """Let go of memory, links and lease; the engine must not open the path any more. May be called twice."""
@@ -186,7 +222,9 @@ class _Job:
                 raise self._wrong(lease)
             check_weights(file, self.config, self._base, self._limits)
         self._report(self._weights.size)
-        return Handoff(self._staged(lease.path), files, contextlib.ExitStack()).keep(lease)
+        return Handoff(self._staged(lease.path), files, contextlib.ExitStack(), self.config.to_json()).keep(
+            lease
+        )
 
     def from_memory(self) -> Handoff:
         """Fetch a version whose plaintext must not touch a disk, straight into memory."""
@@ -247,7 +285,7 @@ class _Job:
             # Another server with other limits or another base may have put it into the cache.
             check_weights(file, self.config, self._base, self._limits)
         self._report(self._weights.size)
-        return Handoff(self._staged(directory.path), directory, held.pop_all())
+        return Handoff(self._staged(directory.path), directory, held.pop_all(), self.config.to_json())
 
     def _report(self, done: int) -> None:
         self._progress("check", done, self._weights.size)

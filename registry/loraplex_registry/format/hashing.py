@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Final
 
 from .manifest import CHUNK_BYTES, FileEntry
@@ -45,6 +46,23 @@ class FileHasher:
     def _end_chunk(self) -> None:
         self._chunks.append(self._chunk.hexdigest())
         self._chunk = hashlib.sha256()
+
+
+def chunk_digest(descriptor: int, index: int, *, size_bytes: int) -> str:
+    """Return the hex SHA-256 of one chunk of an open file of `size_bytes` bytes; its position stays.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, start = hashlib.sha256(), index * CHUNK_BYTES
+    end = min(start + CHUNK_BYTES, size_bytes)
+    while start < end:
+        piece = os.pread(descriptor, min(PIECE_BYTES, end - start), start)
+        if not piece:
+            break  # shorter than it should be, which shows in the digest
+        digest.update(piece)
+        start += len(piece)
+    return digest.hexdigest()
 
 
 def entry_of(name: str, body: bytes) -> FileEntry:

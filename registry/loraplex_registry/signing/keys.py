@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ KEY_FILE_BYTES_MAX: Final = 16 << 10
 
 ALGORITHMS: Final = ("ecdsa-p256", "ecdsa-p384", "ecdsa-p521", "ed25519")
 """Key kinds understood. The first is the default and the one every Model Signing verifier must support."""
+
+SIGNATURES_KNOWN_MAX: Final = 8192
+"""Most signatures that are not verified again; about 300 bytes each."""
 
 _KEYID: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -48,15 +53,46 @@ class PublicKey:
     pem: str
 
     def check(self, signature: bytes, message: bytes) -> None:
-        """Raise SignatureInvalidError unless `signature` over `message` was made with this key."""
+        """Raise SignatureInvalidError unless `signature` over `message` was made with this key.
+
+        What was found good before is not computed again: a server decides about the same statements again and again.
+        """
         from cryptography.exceptions import InvalidSignature
 
+        claim = (self.pem, signature, hashlib.sha256(message).digest())
+        if _GOOD.knows(claim):
+            return
         try:
             _verifier(self.pem)(signature, message)
         except InvalidSignature as error:
             raise SignatureInvalidError(
                 f"The signature does not verify with key {self.keyid[:16]}…; the bytes were changed or never signed."
             ) from error
+        _GOOD.add(claim)
+
+
+class _GoodSignatures:
+    """Key, signature and digest of the message of signatures that verified; those used last are kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._claims: OrderedDict[tuple[str, bytes, bytes], None] = OrderedDict()
+
+    def knows(self, claim: tuple[str, bytes, bytes]) -> bool:
+        with self._lock:
+            known = claim in self._claims
+            if known:
+                self._claims.move_to_end(claim)
+            return known
+
+    def add(self, claim: tuple[str, bytes, bytes]) -> None:
+        with self._lock:
+            self._claims[claim] = None
+            while len(self._claims) > SIGNATURES_KNOWN_MAX:
+                self._claims.popitem(last=False)
+
+
+_GOOD: Final = _GoodSignatures()
 
 
 class Signer:

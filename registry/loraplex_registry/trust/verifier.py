@@ -9,6 +9,8 @@ verified  = verifier.verify(AdapterRef.parse("acme/orders@prod"), base_digest=ba
   `refresh_s` seconds at the earliest: one conditional request without a body while nothing changed.
 - While the storage does not answer, the list that was fetched last goes on to count; its age is judged by the policy's
   `revocation.max_age`, so an outage is survived for exactly as long as the policy says.
+- What a reference meant before is handed to `resolve` again, which costs one conditional request while that has not
+  changed; `decide` then judges it by the time, the list and the marks of now.
 - A tag that was removed is remembered as such, so that the statement before cannot be put back unseen.
 
 One object may be used by many threads.
@@ -87,13 +89,22 @@ class Verifier:
             TrustError, RankTooLargeError, BaseMismatchError: see `trust.verify`.
             StoreUnavailableError, StoreRefusedError: the storage.
         """
+        return self.decide(self.resolve(ref), base_digest=base_digest, trace=trace)
+
+    def resolve(self, ref: AdapterRef, previous: Resolved | None = None) -> Resolved:
+        """Look up what a reference means now, as `Registry.resolve`; a removal is remembered. `decide` comes next.
+
+        Raises:
+            AdapterNotFoundError: nothing answers to it.
+            TrustError: what says that it was removed must not be believed.
+            StoreUnavailableError, StoreRefusedError: the storage.
+        """
         try:
-            resolved = self._registry.resolve(ref)
+            return self._registry.resolve(ref, previous)
         except AdapterNotFoundError as error:
             if error.removed is not None:
                 self._see_removal(ref, error)
             raise
-        return self.decide(resolved, base_digest=base_digest, trace=trace)
 
     def decide(
         self, resolved: Resolved, *, base_digest: str | None = None, trace: Trace | None = None

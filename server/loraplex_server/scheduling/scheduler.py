@@ -85,6 +85,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def full(self) -> bool:
+        """Whether a call that comes now has to wait for its turn."""
+        return self.running >= self._places
+
+    @property
     def fairness_gap(self) -> float:
         """The most tokens of service, by weight, that one tenant with something to do is ahead of another."""
         counters = self._queue.counters().values()
