@@ -151,7 +151,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         raise NotImplementedError
 
     async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
-        return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
+        call, ref = current_call(), parse_ref(text)
+        call.journey.model = str(ref)
+        version = await self._gate.resolve(ref, call.principal, progress)
+        call.journey.adapter, call.journey.adapter_digest = version.name, version.digest
+        return version
 
 
 def _offer(events: asyncio.Queue[Any], event: tuple[str, int, int] | None) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.trust.verdict import TrustPolicy
+from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
 from loraplex_server.adapter_service import AdapterService
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
@@ -32,15 +33,24 @@ from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerEr
 from loraplex_server.gate import Backend, Gate
 from loraplex_server.generation import Generation
 from loraplex_server.generation_service import GenerationService
+from loraplex_server.health import Health
 from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
-from loraplex_server.interceptors import CallInterceptor, abort_with
+from loraplex_server.interceptors import CallInterceptor
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import Versions
-from loraplex_server.wiring import cache_dir, load_policy, make_scheduler, make_versions, open_cache
+from loraplex_server.wiring import (
+    cache_dir,
+    hook_up,
+    load_policy,
+    make_scheduler,
+    make_tracing,
+    make_versions,
+    open_cache,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +58,9 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 ENGINE_CHECK_INTERVAL_S = 1.0
 CREDENTIALS_CHECK_INTERVAL_S = 1.0
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class App:
@@ -63,9 +72,12 @@ class App:
         self._config = config
         self._cache_dir = cache_dir()
         self._engine = engine or VllmEngine(config, cache_dir=self._cache_dir)
-        self._metrics = metrics or Metrics(tenants_max=config.limits.tenants_labelled_max)
+        self._metrics = metrics or Metrics(
+            tenants_max=config.limits.tenants_labelled_max, adapters_max=config.limits.adapters_labelled_max
+        )
         self._gate = Gate()
-        self._health = _Health()
+        self._health: Health | None = None
+        self._tracing = make_tracing(config.tracing)
         self._residency: Residency | None = None
         self._grpc: Any = None
         self._page: MetricsPage | None = None
@@ -98,7 +110,8 @@ class App:
             interval_s = self._config.registry.revocations_ttl_s
             work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
             self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
-        await self._set_health(_SERVING)
+        assert self._health is not None
+        self._health.serve()
 
     async def wait(self) -> None:
         """Watch the engine; returns never, raises EngineUnavailableError when it has died."""
@@ -108,7 +121,8 @@ class App:
 
     async def stop(self, *, drain_s: float) -> None:
         """Refuse new work, give running calls `drain_s` seconds, close everything. May be called twice."""
-        await self._health.enter_graceful_shutdown()
+        if self._health is not None:
+            await self._health.drain()
         ports = [] if self._grpc is None else [self._grpc.stop(drain_s)]
         if self._http is not None:
             ports.append(self._http.stop())
@@ -124,6 +138,9 @@ class App:
             self._page = None
         if self._versions is not None:
             await asyncio.to_thread(self._versions.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+            self._tracing = None
 
     @property
     def residency(self) -> Residency:
@@ -137,6 +154,8 @@ class App:
             authenticator=authenticator,
             metrics=self._metrics,
             default_deadline_s=server.default_deadline_s,
+            access_log=AccessLog(server.access_log),
+            tracing=self._tracing,
         )
         generation = Generation(self._gate, self._metrics)
         interceptor = CallInterceptor(guard, self._metrics)
@@ -151,10 +170,10 @@ class App:
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generation), self._grpc)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
+        self._health = Health(self._gate, authenticator, SERVICES)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        await self._set_health(_NOT_SERVING)
         if server.reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
         try:
             if self._config.tls.certificate:
@@ -199,11 +218,7 @@ class App:
             clock=clock,
         )
         scheduler = make_scheduler(config, events=self._metrics, resident=lambda: self.residency.resident)
-        self._metrics.waiting.set_function(lambda: scheduler.waiting)
-        self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
-        self._metrics.slots_total.set(config.adapters.slots)
-        self._metrics.slots_used.set_function(lambda: self.residency.slots_used)
-        self._metrics.pins.set_function(lambda: self.residency.pins)
+        hook_up(self._metrics, config, scheduler=scheduler, residency=self._residency, cache=cache)
         return Backend(
             engine=self._engine,
             versions=self._versions,
@@ -212,10 +227,6 @@ class App:
             model_name=config.model.name,
             prompt_chars_max=config.limits.prompt_chars_max,
         )
-
-    async def _set_health(self, status: Any) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
 
 
 async def _refresh(refreshes: Sequence[Callable[[], None]]) -> None:
@@ -240,16 +251,6 @@ class _NoSource:
 
     async def discard(self, staged: Any) -> None:
         """Nothing was staged."""
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """The library's health service, with our reason on an unknown name."""
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """See grpc.health.v1."""
-        if request.service not in ("", *SERVICES):
-            await abort_with(context, "NOT_FOUND", f"no service {request.service[:200]!r} here")
-        return await super().Check(request, context)
 
 
 async def serve(config: Config) -> int:
@@ -298,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             print(f"{options.config}: settings are valid")
             return 0
+        if config.server.access_log == "json":
+            send_json_lines_to_stdout()
         import uvloop
 
         return int(uvloop.run(serve(config)))

@@ -18,7 +18,8 @@ from loraplex_server.calls import current_call
 from loraplex_server.engine import Engine, EngineChunk, EngineRequest
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.gate import Backend, Gate
-from loraplex_server.metrics import Metrics
+from loraplex_server.journey import Journey
+from loraplex_server.metrics import CallMetrics, Metrics
 from loraplex_server.requests import GenerateCall, Prompt, check_token_ids, final_sampling
 from loraplex_server.residency import Lease
 from loraplex_server.scheduling.scheduler import Turn
@@ -77,6 +78,7 @@ class Generation:
         async with self._counted() as account:
             backend = self._gate.backend
             wanted = parse(backend)
+            account.asks(wanted, backend)
             with backend.scheduler.hold(call.principal.tenant):
                 prompt_ids = await _encode(backend.engine, wanted.prompt)
                 sampling = final_sampling(
@@ -86,6 +88,7 @@ class Generation:
                     vocab_size=backend.engine.vocab_size,
                 )
                 version = await self._version(wanted, account)
+                call.journey.enter("queue")
                 async with (
                     backend.scheduler.turn(
                         account.tenant,
@@ -103,10 +106,11 @@ class Generation:
                         cache_salt=self._salt(account.tenant),
                     )
                     await send(_started(backend, wanted, version, lease))
+                    call.journey.enter("engine")
                     await self._stream(engine_request, account, turn, send)
 
     async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, send: Send) -> None:
-        self._metrics.prompt_seen(account.tenant, tokens=len(request.prompt_ids))
+        account.prompt_seen(len(request.prompt_ids))
         async with aclosing(self._gate.backend.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 account.chunk(chunk, time.monotonic())
@@ -117,10 +121,13 @@ class Generation:
 
     async def _version(self, wanted: GenerateCall, account: "_Account") -> AdapterVersion | None:
         """Resolve the adapter; None for the base model."""
+        call = current_call()
         if wanted.adapter is None:
+            account.serves(None)
             return None
-        version = await self._gate.resolve(wanted.adapter, current_call().principal)
-        account.tenant = version.tenant
+        call.journey.enter("resolve")
+        version = await self._gate.resolve(wanted.adapter, call.principal, call.journey.progress)
+        account.serves(version)
         return version
 
     @asynccontextmanager
@@ -131,7 +138,9 @@ class Generation:
         if version is None:
             yield None
             return
-        async with self._gate.backend.residency.lease(version) as lease:
+        journey = current_call().journey
+        journey.enter("adapter")
+        async with self._gate.backend.residency.lease(version, journey.progress) as lease:
             account.adapter_ready(was_resident=lease.was_resident)
             yield lease
 
@@ -139,32 +148,32 @@ class Generation:
     async def _counted(self) -> AsyncIterator["_Account"]:
         """Give every call exactly one outcome."""
         call = current_call()
-        account = _Account(self._metrics, tenant=call.principal.tenant, arrived=call.arrived)
+        account = _Account(self._metrics, call.journey)
         self._metrics.request_started()
         outcome = "failed"
         try:
             yield account
             outcome = "completed"
-            self._metrics.request_completed(account.tenant, account.total_s)
         except asyncio.CancelledError:
             expired = asyncio.get_running_loop().time() >= call.deadline
             outcome = "expired" if expired else "cancelled"
             raise
         finally:
-            self._metrics.request_ended(account.tenant, outcome)
+            account.ended(outcome)
 
     def _salt(self, tenant: str) -> str:
         return hmac.new(self._salt_key, tenant.encode(), hashlib.sha256).hexdigest()
 
 
 class _Account:
-    """Times and counts of one call; tells the metrics as it goes."""
+    """Times and counts of one call; tells the metrics as it goes, and its journey."""
 
-    def __init__(self, metrics: Metrics, *, tenant: str, arrived: float) -> None:
-        self.tenant = tenant
+    def __init__(self, metrics: Metrics, journey: Journey) -> None:
         self._metrics = metrics
-        self._arrived = arrived
-        self._last = arrived
+        self._journey = journey
+        self._counted: CallMetrics | None = None
+        self._arrived = journey.arrived
+        self._last = journey.arrived
         self._adapter_s = 0.0
         self._first_token_s = 0.0
         self._tokens = 0
@@ -172,28 +181,68 @@ class _Account:
         self._finish = ""
 
     @property
+    def tenant(self) -> str:
+        """Who is served, and pays."""
+        return self._journey.tenant
+
+    @property
     def total_s(self) -> float:
         """Seconds from arrival to the last chunk."""
         return self._last - self._arrived
+
+    def asks(self, wanted: GenerateCall, backend: Backend) -> None:
+        """This is what the call wants."""
+        journey = self._journey
+        journey.operation = "text_completion" if wanted.prompt.chat is None else "chat"
+        journey.model = backend.model_name if wanted.adapter is None else str(wanted.adapter)
+        journey.base_digest = backend.engine.base.digest
+
+    def serves(self, version: AdapterVersion | None) -> None:
+        """This is what answers; None for the base model. From now on everything is counted under its labels."""
+        journey, adapter = self._journey, ""
+        if version is not None:
+            self._metrics.resolved(time.monotonic() - journey.stages[-1][1])
+            journey.tenant, adapter = version.tenant, f"{version.tenant}/{version.adapter}"
+            journey.adapter, journey.adapter_digest = version.name, version.digest
+        self._counted = self._metrics.call(journey.tenant, adapter)
 
     def adapter_ready(self, *, was_resident: bool) -> None:
         """The adapter is leased."""
         self._adapter_s = time.monotonic() - self._arrived
         self._metrics.adapter_ready(self._adapter_s, was_resident=was_resident)
+        if self._counted is not None:
+            self._counted.adapter_ready()
+
+    def prompt_seen(self, tokens: int) -> None:
+        """The prompt went to the engine."""
+        self._journey.prompt_tokens = tokens
+        assert self._counted is not None, "serves() first"
+        self._counted.prompt_seen(tokens)
 
     def chunk(self, chunk: EngineChunk, now: float) -> None:
         """A chunk came from the engine."""
         count = len(chunk.token_ids)
-        if count and not self._tokens:
-            self._first_token_s = now - self._arrived
-            self._cached_tokens = chunk.cached_tokens
-            self._metrics.first_token(self.tenant, self._first_token_s, cached_tokens=chunk.cached_tokens)
-        elif count:
-            self._metrics.inter_token(self.tenant, now - self._last, tokens=count)
+        if count:
+            assert self._counted is not None, "serves() first"
+            if self._tokens:
+                self._counted.more_tokens(now - self._last, count)
+            else:
+                self._first_token_s = now - self._arrived
+                self._cached_tokens = chunk.cached_tokens
+                self._journey.first_token = now
+                self._counted.first_token(
+                    self._first_token_s, tokens=count, cached_tokens=chunk.cached_tokens
+                )
         self._last = now
         self._tokens += count
-        self._metrics.tokens_generated(self.tenant, count)
         self._finish = chunk.finish_reason or self._finish
+
+    def ended(self, outcome: str) -> None:
+        """The call ended in one of `metrics.OUTCOMES`."""
+        journey = self._journey
+        journey.output_tokens, journey.cached_tokens = self._tokens, self._cached_tokens
+        journey.finish_reason = self._finish
+        self._metrics.request_ended(self._counted, self.tenant, outcome, self.total_s)
 
     def end(self, *, prompt_tokens: int) -> Ended:
         """The last event of the call."""

@@ -56,6 +56,7 @@ async def running(
         "adapters": {"slots": 2, "cache_dir": "cache", **sections.get("adapters", {})},
         "limits": sections.get("limits", {}),
         "tls": sections.get("tls", {}),
+        "tracing": sections.get("tracing", {}),
     }
     if registry:
         document["registry"] = {
