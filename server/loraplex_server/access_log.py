@@ -44,7 +44,9 @@ def _fields(journey: Journey, trace_id: str) -> dict[str, str | int | float]:
         "first_token_ms": None if journey.first_token is None else journey.first_token - journey.arrived,
         "ms": journey.over - journey.arrived,
     }
+    arrived = datetime.fromtimestamp(journey.arrived_unix_ns / 1e9, UTC)
     known: dict[str, str | int | float] = {
+        "time": arrived.isoformat(timespec="milliseconds"),
         "method": journey.method,
         "who": journey.who,
         "tenant": journey.tenant,
@@ -53,16 +55,12 @@ def _fields(journey: Journey, trace_id: str) -> dict[str, str | int | float]:
         "model": journey.model,
         "digest": journey.adapter_digest,
         "finish": journey.finish_reason,
-        "prompt_tokens": journey.prompt_tokens,
-        "output_tokens": journey.output_tokens,
-        **{name: round(seconds * 1000, 1) for name, seconds in times.items() if seconds is not None},
         "trace": trace_id,
     }
-    arrived = datetime.fromtimestamp(journey.arrived_unix_ns / 1e9, UTC)
-    return {
-        "time": arrived.isoformat(timespec="milliseconds"),
-        **{name: value for name, value in known.items() if value not in ("", 0) or name == "ms"},
-    }
+    fields = {name: value for name, value in known.items() if value}
+    if journey.prompt_tokens:  # it came to the engine
+        fields |= {"prompt_tokens": journey.prompt_tokens, "output_tokens": journey.output_tokens}
+    return fields | {name: round(seconds * 1000, 1) for name, seconds in times.items() if seconds is not None}
 
 
 def _json(fields: Mapping[str, str | int | float]) -> str:

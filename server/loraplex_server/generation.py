@@ -105,8 +105,8 @@ class Generation:
                         adapter=lease.adapter if lease else None,
                         cache_salt=self._salt(account.tenant),
                     )
-                    await send(_started(backend, wanted, version, lease))
                     call.journey.enter("engine")
+                    await send(_started(backend, wanted, version, lease))
                     await self._stream(engine_request, account, turn, send)
 
     async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, send: Send) -> None:

@@ -78,13 +78,13 @@ def test_a_line_says_how_long_each_part_took(caplog: pytest.LogCaptureFixture) -
         "model": "acme/orders@prod",
         "digest": "sha256:aa",
         "finish": "stop",
+        "trace": "0af7",
         "prompt_tokens": 7,
         "output_tokens": 4,
         "queue_ms": 125.0,
         "adapter_ms": 250.0,
         "first_token_ms": 750.0,
         "ms": 1500.0,
-        "trace": "0af7",
     }
     assert pairs(line_of(journey, "text", caplog))["queue_ms"] == "125.0"
 
