@@ -54,7 +54,7 @@ def _fields(journey: Journey, trace_id: str) -> dict[str, str | int | float]:
         "call": journey.call_id,
         "model": journey.model,
         "digest": journey.adapter_digest,
-        "finish": journey.finish_reason,
+        "finish": ",".join(journey.finish_reasons),
         "trace": trace_id,
     }
     fields = {name: value for name, value in known.items() if value}

@@ -241,7 +241,7 @@ class _Account:
         """The call ended in one of `metrics.OUTCOMES`."""
         journey = self._journey
         journey.output_tokens, journey.cached_tokens = self._tokens, self._cached_tokens
-        journey.finish_reason = self._finish
+        journey.finish_reasons = (self._finish,) if self._finish else ()
         self._metrics.request_ended(self._counted, self.tenant, outcome, self.total_s)
 
     def end(self, *, prompt_tokens: int) -> Ended:

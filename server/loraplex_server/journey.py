@@ -48,10 +48,10 @@ class Journey:
         who: "tenant/name" of the caller, "-" before that is known.
         tenant: who is served, and pays.
         reason: "OK", "CANCELLED", or the reason of the error.
-        operation: "chat" or "text_completion" for a generation.
+        operation: "chat" or "text_completion" for a generation, "embeddings" for vectors, else "".
         model: what was asked for: an adapter reference, or the base model's name.
         adapter: "tenant/adapter@sha256:<hex>" that answered, "" for the base model.
-        finish_reason: of a generation that came to its end.
+        finish_reasons: of each completion of a generation that came to its end.
         stages: what the call was doing from each moment on; a stage ends where the next begins.
         phases: what a load was doing from each moment on, while this call waited for it.
         first_token: when it came.
@@ -74,7 +74,7 @@ class Journey:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    finish_reason: str = ""
+    finish_reasons: tuple[str, ...] = ()
     stages: list[tuple[str, float]] = field(default_factory=list)
     phases: list[tuple[str, float]] = field(default_factory=list)
     first_token: float | None = None
@@ -86,12 +86,13 @@ class Journey:
         return self.arrived if self.ended is None else self.ended
 
     def enter(self, stage: str) -> None:
-        """Begin a stage: "resolve", "queue", "adapter" or "engine"."""
-        self.stages.append((stage, time.monotonic()))
+        """Begin a stage: "resolve", "queue", "adapter" or "engine"; of several completions the first one's count."""
+        if all(stage != seen for seen, _ in self.stages):
+            self.stages.append((stage, time.monotonic()))
 
     def progress(self, phase: str, _done: int, _total: int) -> None:
         """Note the moment a phase of a load begins; fit to be a `versions.Progress`, for any thread."""
-        if len(self.phases) < PHASES_MAX and phase not in {seen for seen, _ in self.phases}:
+        if len(self.phases) < PHASES_MAX and all(phase != seen for seen, _ in self.phases):
             self.phases.append((phase, time.monotonic()))
 
     def spans(self) -> list[tuple[str, float, float]]:

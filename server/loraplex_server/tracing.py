@@ -146,8 +146,8 @@ def _attributes(journey: Journey) -> dict[str, AttributeValue]:
             "gen_ai.usage.output_tokens": journey.output_tokens,
             "gen_ai.usage.cache_read.input_tokens": journey.cached_tokens,
         }
-    if journey.finish_reason:
-        found["gen_ai.response.finish_reasons"] = [journey.finish_reason]
+    if journey.finish_reasons:
+        found["gen_ai.response.finish_reasons"] = journey.finish_reasons
     if journey.first_token is not None:
         found["gen_ai.response.time_to_first_chunk"] = journey.first_token - journey.arrived
     return {name: value for name, value in found.items() if value != ""}

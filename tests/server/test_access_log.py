@@ -65,7 +65,8 @@ def test_no_name_can_forge_a_line_or_a_field(who: str, model: str, trace_id: str
 def test_a_line_says_how_long_each_part_took(caplog: pytest.LogCaptureFixture) -> None:
     journey = a_journey(
         who="acme/app", tenant="acme", model="acme/orders@prod", adapter_digest="sha256:aa", prompt_tokens=7,
-        output_tokens=4, finish_reason="stop", first_token=5.75, ended=6.5, arrived_unix_ns=1_700_000_000_250_000_000,
+        output_tokens=4, finish_reasons=("stop",), first_token=5.75, ended=6.5,
+        arrived_unix_ns=1_700_000_000_250_000_000,
     )  # fmt: skip
     journey.stages = [("resolve", 5.0), ("queue", 5.125), ("adapter", 5.25), ("engine", 5.5)]
     assert json.loads(line_of(journey, "json", caplog, trace_id="0af7")) == {

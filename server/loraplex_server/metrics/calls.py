@@ -79,6 +79,11 @@ class CallMetrics:
             series.counters[CACHED_TOKENS] += cached_tokens
             series.counters[GENERATED_TOKENS] += tokens
 
+    def generated(self, tokens: int) -> None:
+        """Tokens came that no latency is told of: the first ones of a completion beside another."""
+        for handle in (self._tenant, self._adapter):
+            handle.series.counters[GENERATED_TOKENS] += tokens
+
     def more_tokens(self, seconds: float, tokens: int) -> None:
         """A chunk of `tokens`, 1 or more, came `seconds` after the one before: observed once per token."""
         bucket = bisect_left(TOKEN_BUCKETS, seconds / tokens)
