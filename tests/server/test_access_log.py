@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_client import AdapterNotFoundError, UnauthenticatedError
-from loraplex_server.access_log import AccessLog
+from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
 from loraplex_server.identity.api_keys import make_key
 from loraplex_server.journey import Journey
 from tests.server.conftest import Shop
@@ -102,6 +102,21 @@ def test_off_is_off(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="loraplex.access"):
         AccessLog("off").write(a_journey())
     assert not caplog.records
+
+
+def test_lines_for_machines_are_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("loraplex.access")
+    send_json_lines_to_stdout()
+    try:
+        log.setLevel(logging.INFO)
+        AccessLog("json").write(a_journey(who="acme/app"))
+    finally:
+        log.handlers.clear()
+        log.propagate = True
+        log.setLevel(logging.NOTSET)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["who"] == "acme/app"
+    assert shown.err == ""
 
 
 async def test_every_call_leaves_one_line_without_credential_or_prompt(

@@ -2,12 +2,20 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
+from typing import Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
+
+SAMPLES_AT_ONCE: Final = 64
+PAUSE_S: Final = 0.0001
+"""Seconds between so many samples of the page. Without it the interpreter's lock is given on after 5 ms only, and the
+event loop needs it several times for a token."""
 
 Change = Callable[[Iterable[Metric]], Iterator[Metric]]
 
@@ -47,4 +55,16 @@ class ChangedRegistry(CollectorRegistry):
 
     def collect(self) -> Iterator[Metric]:
         """Return what the registry holds, changed."""
-        return self._change(self._inner.collect())
+        for metric in self._change(self._inner.collect()):
+            metric.samples = _Paced(metric.samples)
+            yield metric
+
+
+class _Paced(list[Sample]):
+    """Samples that are read with pauses, in which the event loop gets the interpreter: a long page delays no token."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number, sample in enumerate(super().__iter__(), 1):
+            yield sample
+            if number % SAMPLES_AT_ONCE == 0:
+                time.sleep(PAUSE_S)
