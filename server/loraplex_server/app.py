@@ -111,7 +111,7 @@ class App:
             work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
             self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
         assert self._health is not None
-        self._health.serve()
+        self._health.set_serving(True)
 
     async def wait(self) -> None:
         """Watch the engine; returns never, raises EngineUnavailableError when it has died."""

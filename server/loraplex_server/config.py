@@ -138,9 +138,7 @@ class TracingSettings:
     """Where traces of calls go: OTLP over HTTP. Off without `endpoint`; needs the extra "tracing"."""
 
     endpoint: str = ""  # such as http://collector:4318/v1/traces
-    sample_ratio: float = (
-        1.0  # share of the traces that begin here; a caller's own choice counts for its traces
-    )
+    sample_ratio: float = 1.0  # share of the traces that begin here; callers choose for their own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,10 +67,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._told = asyncio.Event()
         self._told.set()
 
-    def serve(self) -> None:
-        """Calls are let through from now on; nothing happens when the server drains already."""
+    def set_serving(self, serving: bool) -> None:
+        """Say whether calls are let through from now on; nothing happens when the server drains already."""
         if not self._draining:
-            self._turn(SERVING)
+            self._turn(SERVING if serving else NOT_SERVING)
 
     async def drain(self) -> None:
         """Be NOT_SERVING for good; return when watchers know it, or after TELL_S_MAX. Call it before ports close."""

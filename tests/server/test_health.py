@@ -178,8 +178,19 @@ async def test_checks_during_the_drain_say_not_serving(shop: Shop) -> None:
         assert rig.app._health is not None
         await rig.app._health.drain()
         assert [await probe.check(name) for name in ("", SERVICES[1], ORDERS)] == [NOT_SERVING] * 3
-        rig.app._health.serve()
+        rig.app._health.set_serving(True)
         assert await probe.check("") == NOT_SERVING, "for good"
+
+
+async def test_a_pause_is_seen_by_watchers_and_ends(shop: Shop) -> None:
+    async with running(shop) as rig, probing(rig) as probe:
+        watch = probe.watch(SERVICES[0])
+        assert await read(watch) == SERVING
+        assert rig.app._health is not None
+        for serving, seen in ((False, NOT_SERVING), (True, SERVING)):
+            rig.app._health.set_serving(serving)
+            assert await read(watch) == seen
+        watch.cancel()
 
 
 async def test_watchers_are_bounded_and_those_of_adapters_do_not_use_up_those_of_services(
