@@ -38,19 +38,12 @@ from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor
 from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.observing import hook_up, make_tracing
 from loraplex_server.reconsider import reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import Versions
-from loraplex_server.wiring import (
-    cache_dir,
-    hook_up,
-    load_policy,
-    make_scheduler,
-    make_tracing,
-    make_versions,
-    open_cache,
-)
+from loraplex_server.wiring import cache_dir, load_policy, make_scheduler, make_versions, open_cache
 
 _log = logging.getLogger(__name__)
 

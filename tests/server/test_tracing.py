@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from loraplex_client import AdapterNotFoundError
 from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_protos.v1 import generation_pb2_grpc
-from loraplex_server import wiring
+from loraplex_server import observing
 from loraplex_server.config import TracingSettings
 from loraplex_server.errors import ConfigError
 from loraplex_server.journey import TraceParent, parse_traceparent
@@ -178,8 +178,8 @@ def test_tracing_without_the_library_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "loraplex_server.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"pip install 'loraplex\[tracing\]'"):
-        wiring.make_tracing(TracingSettings(endpoint="http://127.0.0.1:9/v1/traces"))
-    assert wiring.make_tracing(TracingSettings()) is None
+        observing.make_tracing(TracingSettings(endpoint="http://127.0.0.1:9/v1/traces"))
+    assert observing.make_tracing(TracingSettings()) is None
 
 
 def test_a_traceparent_is_read_as_the_standard_says() -> None:
