@@ -182,7 +182,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return apb.Rollout(adapter=ref.name, arms=(apb.RolloutArm(**vars(arm)) for arm in arms))
 
     async def _resolve(self, text: str, progress: Progress | None = None) -> AdapterVersion:
-        return await self._gate.resolve(parse_ref(text), current_call().principal, progress)
+        call, ref = current_call(), parse_ref(text)
+        call.journey.model = str(ref)
+        version = await self._gate.resolve(ref, call.principal, progress)
+        call.journey.adapter, call.journey.adapter_digest = version.name, version.digest
+        return version
 
 
 def _check(check: Check) -> apb.AdapterCheck:

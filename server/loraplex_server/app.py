@@ -16,35 +16,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.trust.verdict import TrustPolicy
-from loraplex_server.adapter_service import AdapterService
+from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
 from loraplex_server.gate import Backend, Gate
-from loraplex_server.generation import Generation
-from loraplex_server.generation_service import GenerationService
-from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.integrity import Patrol
-from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
+from loraplex_server.observing import hook_up, make_tracing
+from loraplex_server.ports import Ports
 from loraplex_server.preflight import slot_bytes
 from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.rollout.splits import Splits
 from loraplex_server.supervision import Supervisor
-from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import NoSource, Versions
 from loraplex_server.watched import WatchedFile, refresh_for_ever
 from loraplex_server.wiring import (
@@ -58,13 +50,6 @@ from loraplex_server.wiring import (
     watch_splits,
 )
 
-SERVICES = (
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
-)
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
 
 class App:
     """One server. `start`, then `wait`, which keeps an engine alive, then `stop`; all in one event loop."""
@@ -77,7 +62,10 @@ class App:
         metrics: Metrics | None = None,
     ) -> None:
         self._config = config
-        self._metrics = metrics or Metrics(tenants_max=config.limits.tenants_labelled_max)
+        self._metrics = metrics or Metrics(
+            tenants_max=config.limits.tenants_labelled_max, adapters_max=config.limits.adapters_labelled_max
+        )
+        self._tracing = make_tracing(config.tracing)
         self._supervisor = Supervisor(
             make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir())),
             restarts_max=config.server.engine_restarts_max,
@@ -87,16 +75,11 @@ class App:
         )
         self._backend: Backend | None = None
         self._gate = Gate()
-        self._health = _Health()
-        self._grpc: Any = None
         self._page: MetricsPage | None = None
-        self._http: HttpApi | None = None
-        self._http_tls: HttpTls | None = None
         self._versions: Versions | None = None
         self._splits: WatchedFile[Splits] | None = None
         self._watching: list[asyncio.Task[None]] = []
-        self.port = 0
-        self.http_port = 0
+        self._opened: Ports | None = None
         self.metrics_port = 0
 
     async def start(self) -> None:
@@ -111,9 +94,10 @@ class App:
         host, port = split_address(self._config.server.metrics_listen)
         self._page = self._metrics.serve(host, port)
         self.metrics_port = self._page.port
-        await self._open_port(authenticator)
         self._splits = watch_splits(self._config)
-        watched = (authenticator, self._http_tls, self._splits)
+        self._opened = self._make_ports(authenticator)
+        await self._opened.open()
+        watched = (authenticator, self._opened.http_tls, self._splits)
         refreshes = [one.refresh for one in watched if one is not None]
         self._watching.append(asyncio.create_task(refresh_for_ever(refreshes), name="watch files"))
         await self._supervisor.start()
@@ -126,7 +110,7 @@ class App:
         source = self._versions or NoSource()
         patrol = Patrol(self.residency, source, clock=time.monotonic)
         self._watching.append(asyncio.create_task(patrol.run(), name="integrity"))
-        await self._set_health(_SERVING)
+        self._ports.health.set_serving(True)
 
     async def wait(self) -> NoReturn:
         """Watch the engine and replace it when it dies.
@@ -138,7 +122,7 @@ class App:
 
     async def _engine_lost(self, error: EngineUnavailableError) -> None:
         self._gate.close()
-        await self._set_health(_NOT_SERVING)
+        self._ports.health.set_serving(False)
         await self.residency.engine_lost(error)
 
     async def _engine_back(self, engine: Engine) -> None:
@@ -148,15 +132,12 @@ class App:
         await self.residency.restore(engine)
         self._backend = replace(self._backend, engine=engine)
         self._gate.open(self._backend)
-        await self._set_health(_SERVING)
+        self._ports.health.set_serving(True)
 
     async def stop(self, *, drain_s: float) -> None:
         """Refuse new work, give running calls `drain_s` seconds, close everything. May be called twice."""
-        await self._health.enter_graceful_shutdown()
-        ports = [] if self._grpc is None else [self._grpc.stop(drain_s)]
-        if self._http is not None:
-            ports.append(self._http.stop())
-        await asyncio.gather(*ports)
+        if self._opened is not None:
+            await self._opened.close(drain_s=drain_s)
         self._gate.close()
         for task in self._watching:
             task.cancel()
@@ -168,6 +149,9 @@ class App:
             self._page = None
         if self._versions is not None:
             await asyncio.to_thread(self._versions.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+            self._tracing = None
 
     @property
     def residency(self) -> Residency:
@@ -175,60 +159,33 @@ class App:
         assert self._backend is not None, "start() first"
         return self._backend.residency
 
-    async def _open_port(self, authenticator: Authenticator) -> None:
+    @property
+    def port(self) -> int:
+        """Of gRPC; after `start` has opened it."""
+        return self._ports.port
+
+    @property
+    def http_port(self) -> int:
+        """Of HTTP; 0 where there is none."""
+        return self._ports.http_port
+
+    @property
+    def _ports(self) -> Ports:
+        assert self._opened is not None, "start() first"
+        return self._opened
+
+    def _make_ports(self, authenticator: Authenticator) -> Ports:
         server = self._config.server
         guard = Guard(
             authenticator=authenticator,
             metrics=self._metrics,
             default_deadline_s=server.default_deadline_s,
+            access_log=AccessLog(server.access_log),
+            tracing=self._tracing,
         )
-        generation = Generation(self._gate, self._metrics)
-        interceptor = CallInterceptor(guard, self._metrics)
-        self._grpc = grpc.aio.server(
-            interceptors=[interceptor],
-            options=[
-                ("grpc.max_receive_message_length", self._config.message_bytes_max),
-                ("grpc.max_send_message_length", self._config.message_bytes_max),
-                # Two servers must not share a port by accident.
-                ("grpc.so_reuseport", 0),
-            ],
+        return Ports(
+            self._config, gate=self._gate, guard=guard, authenticator=authenticator, metrics=self._metrics
         )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generation), self._grpc)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        await self._set_health(_NOT_SERVING)
-        if server.reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
-        try:
-            if self._config.tls.certificate:
-                self.port = self._grpc.add_secure_port(server.listen, server_credentials(self._config.tls))
-            else:
-                self.port = self._grpc.add_insecure_port(server.listen)
-        except RuntimeError as error:
-            raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
-        await self._grpc.start()
-        if server.http_listen:
-            await self._open_http_port(guard, generation)
-
-    async def _open_http_port(self, guard: Guard, generation: Generation) -> None:
-        server, tls = self._config.server, self._config.tls
-        self._http = HttpApi(
-            guard,
-            self._gate,
-            generation,
-            body_bytes_max=self._config.message_bytes_max,
-            drain_s=server.drain_s,
-        )
-        self._http_tls = HttpTls(tls) if tls.certificate else None
-        host, port = split_address(server.http_listen)
-        try:
-            await self._http.start(host, port, self._http_tls.context if self._http_tls else None)
-        except OSError as error:
-            raise ConfigError(
-                f"server.http_listen: cannot listen on {server.http_listen}: {error.strerror}"
-            ) from error
-        self.http_port = self._http.port
 
     def _make_backend(self, engine: Engine, policy: TrustPolicy | None, cache: Cache) -> Backend:
         config = self._config
@@ -238,11 +195,7 @@ class App:
             config, engine=engine, source=self._versions or NoSource(), events=self._metrics
         )
         scheduler = make_scheduler(config, events=self._metrics, resident=lambda: residency.resident)
-        self._metrics.waiting.set_function(lambda: scheduler.waiting)
-        self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
-        self._metrics.slots_total.set(config.adapters.slots)
-        self._metrics.slots_used.set_function(lambda: residency.slots_used)
-        self._metrics.pins.set_function(lambda: residency.pins)
+        hook_up(self._metrics, config, scheduler=scheduler, residency=residency, cache=cache)
         return Backend(
             engine=engine,
             versions=self._versions,
@@ -258,20 +211,6 @@ class App:
                 embeddings=config.adapters.embeddings,
             ),
         )
-
-    async def _set_health(self, status: Any) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """The library's health service, with our reason on an unknown name."""
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """See grpc.health.v1."""
-        if request.service not in ("", *SERVICES):
-            await abort_with(context, "NOT_FOUND", f"no service {request.service[:200]!r} here")
-        return await super().Check(request, context)
 
 
 async def serve(config: Config) -> int:
@@ -322,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             print(f"{options.config}: settings are valid")
             return 0
+        if config.server.access_log == "json":
+            send_json_lines_to_stdout()
         import uvloop
 
         return int(uvloop.run(serve(config)))

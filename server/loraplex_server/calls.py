@@ -12,16 +12,17 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from loraplex_server.access_log import AccessLog
 from loraplex_server.errors import ForbiddenError
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.identity.principals import RIGHTS, Principal, may_call
+from loraplex_server.journey import Journey, parse_traceparent
 from loraplex_server.metrics import Metrics
 from loraplex_server.status import Failure, failure_of
 
 _log = logging.getLogger(__name__)
-_access = logging.getLogger("loraplex.access")
 _T = TypeVar("_T")
 
 DEADLINE_S_MAX = 86_400.0
@@ -36,6 +37,7 @@ class Call:
         method: full name of the RPC, or of the one that an HTTP request stands for.
         arrived: `time.monotonic()` in seconds: uvloop's own clock counts whole milliseconds.
         deadline: of the event loop's clock, in seconds.
+        journey: what happens to it, for the access log and for tracing.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Call:
     principal: Principal
     arrived: float
     deadline: float
+    journey: Journey
 
 
 _CALL: ContextVar[Call] = ContextVar("call")
@@ -67,14 +70,31 @@ class FailedCallError(Exception):
         self.failure = failure
 
 
+class Recorder(Protocol):
+    """Makes traces of journeys; see `tracing`, which is imported only when it is on."""
+
+    def record(self, journey: Journey) -> str:
+        """Record a call that has ended; return its trace id."""
+
+
 class Guard:
     """See the module. One per server, for all its ports."""
 
-    def __init__(self, *, authenticator: Authenticator, metrics: Metrics, default_deadline_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        default_deadline_s: float,
+        access_log: AccessLog,
+        tracing: Recorder | None = None,
+    ) -> None:
         """Guard calls; `default_deadline_s` is for those that bring no deadline."""
         self._authenticator = authenticator
         self._metrics = metrics
         self._default_deadline_s = default_deadline_s
+        self._access_log = access_log
+        self._tracing = tracing
 
     async def run(
         self,
@@ -84,6 +104,7 @@ class Guard:
         authorization: str | None,
         peer: Mapping[str, Iterable[bytes]],
         remaining_s: float | None,
+        traceparent: str | None = None,
     ) -> _T:
         """Do the work of one call; `current_call` tells it whose it is.
 
@@ -93,35 +114,59 @@ class Guard:
             authorization: the metadata or header of that name.
             peer: gRPC's authentication context, or what stands for it over HTTP.
             remaining_s: seconds the caller waits; None when it did not say.
+            traceparent: the metadata or header of that name (W3C Trace Context).
 
         Raises:
             FailedCallError: it was refused or failed.
         """
-        arrived, call_id = time.monotonic(), secrets.token_hex(8)
-        who, reason = "-", "OK"
+        journey = Journey(method=method, call_id=secrets.token_hex(8), parent=parse_traceparent(traceparent))
         try:
-            principal = self._authenticator.principal(authorization, peer)
-            who = f"{principal.tenant}/{principal.name}"
-            if not may_call(principal, method):
-                raise ForbiddenError(f"a {principal.role} may not {RIGHTS.get(method, 'do this')} adapters")
-            budget_s = self._default_deadline_s if remaining_s is None else min(remaining_s, DEADLINE_S_MAX)
-            deadline = asyncio.get_running_loop().time() + budget_s
-            _CALL.set(
-                Call(id=call_id, method=method, principal=principal, arrived=arrived, deadline=deadline)
-            )
-            return await _by(deadline, work())
+            call = self._admit(journey, authorization, peer, remaining_s)
+            _CALL.set(call)
+            return await _by(call.deadline, work())
         except asyncio.CancelledError:
-            reason = "CANCELLED"
+            journey.reason = "CANCELLED"
             raise
         except Exception as error:
-            failed = self._failed(error, call_id=call_id, method=method)
-            reason = failed.reason
+            failed = self._failed(error, call_id=journey.call_id, method=method)
+            journey.reason = failed.reason
             raise FailedCallError(failed) from error
         finally:
-            _access.info(
-                "method=%s who=%s reason=%s call=%s ms=%.1f",
-                *(method, who, reason, call_id, (time.monotonic() - arrived) * 1000),
+            journey.ended = time.monotonic()
+            self._tell(journey)
+
+    def _admit(
+        self,
+        journey: Journey,
+        authorization: str | None,
+        peer: Mapping[str, Iterable[bytes]],
+        remaining_s: float | None,
+    ) -> Call:
+        principal = self._authenticator.principal(authorization, peer)
+        journey.who, journey.tenant = f"{principal.tenant}/{principal.name}", principal.tenant
+        if not may_call(principal, journey.method):
+            raise ForbiddenError(
+                f"a {principal.role} may not {RIGHTS.get(journey.method, 'do this')} adapters"
             )
+        budget_s = self._default_deadline_s if remaining_s is None else min(remaining_s, DEADLINE_S_MAX)
+        return Call(
+            id=journey.call_id,
+            method=journey.method,
+            principal=principal,
+            arrived=journey.arrived,
+            deadline=asyncio.get_running_loop().time() + budget_s,
+            journey=journey,
+        )
+
+    def _tell(self, journey: Journey) -> None:
+        """Trace and log a call that has ended; what goes wrong here is not the caller's."""
+        trace_id = journey.parent.trace_id if journey.parent else ""
+        try:
+            if self._tracing is not None:
+                trace_id = self._tracing.record(journey)
+        except Exception:
+            _log.exception("call %s could not be traced", journey.call_id)
+        self._access_log.write(journey, trace_id=trace_id)
 
     def _failed(self, error: Exception, *, call_id: str, method: str) -> Failure:
         failed = failure_of(error, error_id=call_id)

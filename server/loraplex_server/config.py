@@ -23,6 +23,7 @@ from loraplex_registry.settings import state_directory
 from loraplex_registry.storage.s3_options import READING, S3Options, read_options
 from loraplex_server.errors import ConfigError
 
+ACCESS_LOGS = ("text", "json", "off")
 HANDOFFS = ("sealed", "directory")
 QUANTIZATIONS = ("nf4", "int8", "none")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -44,6 +45,8 @@ class ServerSettings:
     engine_restarts_max: int = 3  # of an engine that died, within the window; beyond them the process ends
     engine_restarts_window_s: float = 600.0
     message_mib_max: int = 4  # one gRPC message
+    access_log: str = "text"  # one line per call: text, json or off
+    gateway_metrics: bool = True  # what routers of the Gateway API Inference Extension read
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
 
@@ -130,6 +133,15 @@ class LimitSettings:
     tenant_tokens_per_minute: float = 0.0  # prompt and answer together, on average; 0: no limit
     prompt_chars_max: int = 1_000_000
     tenants_labelled_max: int = 64  # tenants with metric series of their own; the rest share "other"
+    adapters_labelled_max: int = 64  # the same for adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracingSettings:
+    """Where traces of calls go: OTLP over HTTP. Off without `endpoint`; needs the extra "tracing"."""
+
+    endpoint: str = ""  # such as http://collector:4318/v1/traces
+    sample_ratio: float = 1.0  # share of the traces that begin here; callers choose for their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +178,7 @@ class Config:
     tls: TlsSettings = field(default_factory=TlsSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     tenants: Mapping[str, TenantSettings] = field(default_factory=dict)  # [tenants.NAME]
 
     def tenant(self, name: str) -> TenantSettings:
@@ -304,6 +317,7 @@ def _check(config: Config, origin: Path) -> None:
         ("model.quantization", model.quantization, QUANTIZATIONS),
         ("model.dtype", model.dtype, DTYPES),
         ("adapters.handoff", adapters.handoff, HANDOFFS),
+        ("server.access_log", config.server.access_log, ACCESS_LOGS),
     ]
     for key, value, allowed in one_of:
         if value not in allowed:
@@ -341,6 +355,8 @@ def _check(config: Config, origin: Path) -> None:
         ("rollouts.requests_min", config.rollouts.requests_min, 5, 1000),
         ("rollouts.error_rate_max", config.rollouts.error_rate_max, 0, 1),
         ("rollouts.latency_ratio_max", config.rollouts.latency_ratio_max, 1, 1000),
+        ("limits.adapters_labelled_max", limits.adapters_labelled_max, 1, 1000),
+        ("tracing.sample_ratio", config.tracing.sample_ratio, 0, 1),
     ]
     for name, tenant in config.tenants.items():
         ranges += [
@@ -366,6 +382,10 @@ def _check(config: Config, origin: Path) -> None:
         if key != "server.metrics_listen" and not _is_loopback(host):
             _check_open(config, f"{origin}: {key} = {address!r} is open to other machines")
     _check_identity(config, origin)
+    if config.tracing.endpoint and not config.tracing.endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{origin}: tracing.endpoint must be an address such as http://collector:4318/v1/traces"
+        )
 
 
 def _check_open(config: Config, what: str) -> None:

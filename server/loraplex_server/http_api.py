@@ -142,6 +142,7 @@ class HttpApi:
             authorization=request.headers.get("Authorization"),
             peer=_peer(request),
             remaining_s=None,
+            traceparent=request.headers.get("traceparent"),
         )
 
 

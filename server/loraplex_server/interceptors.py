@@ -5,7 +5,7 @@ messages too. Health and reflection are open to everybody.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -37,19 +37,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         if handler is None:
             return grpc.unary_unary_rpc_method_handler(self._unimplemented(details.method))
-        authorization = dict(details.invocation_metadata or ()).get("authorization")
+        metadata = dict(details.invocation_metadata or ())
         if handler.unary_stream:
             make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
         else:
             make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         return make(
-            self._guarded(behaviour, method=details.method, authorization=authorization),
+            self._guarded(behaviour, method=details.method, metadata=metadata),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _guarded(
-        self, behaviour: Callable[..., Awaitable[Any]], *, method: str, authorization: object
+        self, behaviour: Callable[..., Awaitable[Any]], *, method: str, metadata: Mapping[str, object]
     ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             async def work() -> Any:
@@ -61,9 +61,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await self._guard.run(
                     work,
                     method=method,
-                    authorization=authorization if isinstance(authorization, str) else None,
+                    authorization=text_of(metadata, "authorization"),
                     peer=context.auth_context(),
                     remaining_s=context.time_remaining(),
+                    traceparent=text_of(metadata, "traceparent"),
                 )
             except FailedCallError as failed:
                 await _abort(context, failed.failure)
@@ -77,6 +78,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             await _abort(context, failed)
 
         return call
+
+
+def text_of(metadata: Mapping[str, object], name: str) -> str | None:
+    """Return a value of a call's metadata; None when it is absent or not text."""
+    value = metadata.get(name)
+    return value if isinstance(value, str) else None
 
 
 async def abort_with(context: Any, reason: str, message: str) -> NoReturn:

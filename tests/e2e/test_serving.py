@@ -125,7 +125,12 @@ def test_the_metrics_page_shows_ours_beside_vllms(server: Stage, client: Client)
         "vllm:time_to_first_token_seconds_count",
     ):
         assert name in page, name
-    assert "lora_requests_info" not in page
+    [adapters] = [line for line in page.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    assert f'max_lora="{SLOTS}"' in adapters
+    assert "acme/good" in adapters
+    assert page.count("\nvllm:num_requests_waiting{") == 1
+    for name in ("vllm:num_requests_running{", "vllm:kv_cache_usage_perc{", "vllm:cache_config_info{"):
+        assert f"\n{name}" in page, f"routers read {name}"
 
 
 def test_pinned_adapters_survive_churn(server: Stage, client: Client) -> None:

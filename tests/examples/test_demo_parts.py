@@ -35,7 +35,7 @@ def test_latencies_are_read_back_as_they_were_measured() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(tenants_max=4, registry=registry)
     for tenant, seconds in (("acme", 0.012), ("acme", 0.012), ("globex", 0.4)):
-        metrics.first_token(tenant, seconds, cached_tokens=0)
+        metrics.call(tenant, "").first_token(seconds, tokens=1, cached_tokens=0)
     metrics.adapter_phase("load", 0.004)
     rows = {row[0]: row[1:] for row in latency_rows(generate_latest(registry).decode())}
     assert rows["time to first token"] == ["3", "141.3", "20", "500"]

@@ -62,6 +62,7 @@ async def running(
         "limits": sections.get("limits", {}),
         "tls": sections.get("tls", {}),
         "rollouts": sections.get("rollouts", {}),
+        "tracing": sections.get("tracing", {}),
     }
     if registry:
         document["registry"] = {

@@ -39,6 +39,19 @@ def test_every_metric_is_documented_and_no_other() -> None:
     assert {name for name in documented if name != "loraplex_server"} == known
 
 
+def test_every_metric_that_operators_are_told_to_watch_exists() -> None:
+    registry = CollectorRegistry()
+    Metrics(tenants_max=1, registry=registry)
+    known = {metric.name for metric in registry.collect()}
+    used = set(
+        re.findall(
+            r"\b(loraplex_\w+?)(?:_total|_bucket|_count|_sum)?\b", (DOCS / "operations.md").read_text()
+        )
+    )
+    assert len(used) > 5
+    assert used <= known
+
+
 def test_every_module_stands_in_the_architecture_page() -> None:
     text = (DOCS / "architecture.md").read_text()
     root = DOCS.parent
