@@ -9,11 +9,12 @@ health is NOT_SERVING and calls are refused until a fresh one has the same adapt
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +24,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
-from loraplex_registry.delivery.cache import Cache
-from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_server.adapter_service import AdapterService
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
@@ -42,14 +41,13 @@ from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
 from loraplex_server.residency import Residency
-from loraplex_server.supervision import Supervisor
 from loraplex_server.tls import HttpTls, server_credentials
-from loraplex_server.versions import NoSource, Versions
+from loraplex_server.versions import Versions
 from loraplex_server.wiring import (
     cache_dir,
     load_policy,
-    make_residency,
-    make_scheduler,
+    make_backend,
+    make_supervisor,
     make_versions,
     open_cache,
 )
@@ -58,6 +56,7 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
+RECONSIDER_S_MAX = 5.0  # spent on deciding again about adapters before a fresh engine gets them
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -74,13 +73,8 @@ class App:
     ) -> None:
         self._config = config
         self._metrics = metrics or Metrics(tenants_max=config.limits.tenants_labelled_max)
-        self._supervisor = Supervisor(
-            make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir())),
-            restarts_max=config.server.engine_restarts_max,
-            window_s=config.server.engine_restarts_window_s,
-            events=self._metrics,
-            clock=time.monotonic,
-        )
+        make_engine = make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir()))
+        self._supervisor = make_supervisor(config, make_engine, events=self._metrics)
         self._backend: Backend | None = None
         self._gate = Gate()
         self._health = _Health()
@@ -108,18 +102,21 @@ class App:
         self.metrics_port = self._page.port
         await self._open_port(authenticator)
         refreshes = [authenticator.refresh, *([self._http_tls.refresh] if self._http_tls else [])]
-        self._watching.append(asyncio.create_task(refresh_for_ever(refreshes), name="watch credentials"))
+        self._watch(refresh_for_ever(refreshes))
         await self._supervisor.start()
-        self._backend = self._make_backend(self._supervisor.engine, policy, cache)
+        engine = self._supervisor.engine
+        if policy is not None:
+            self._versions = make_versions(self._config, engine.base, policy, cache)
+        self._backend = make_backend(self._config, engine, self._versions, self._metrics)
         self._gate.open(self._backend)
-        if self._versions is not None:
+        if self._versions is not None:  # else there are no adapters
             interval_s = self._config.registry.revocations_ttl_s
-            work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
-            self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
-        source = self._versions or NoSource()
-        patrol = Patrol(self.residency, source, clock=time.monotonic)
-        self._watching.append(asyncio.create_task(patrol.run(), name="integrity"))
+            self._watch(reconsider_for_ever(self._versions, self.residency, interval_s=interval_s))
+            self._watch(Patrol(self.residency, self._versions, clock=time.monotonic).run())
         await self._set_health(_SERVING)
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._watching.append(asyncio.create_task(work))
 
     async def wait(self) -> NoReturn:
         """Watch the engine and replace it when it dies.
@@ -137,7 +134,9 @@ class App:
     async def _engine_back(self, engine: Engine) -> None:
         assert self._backend is not None
         if self._versions is not None:  # what was revoked meanwhile stays out
-            await reconsider_all(self._versions, self.residency)
+            with contextlib.suppress(TimeoutError):  # the rounds go on with it when the storage hangs
+                async with asyncio.timeout(RECONSIDER_S_MAX):
+                    await reconsider_all(self._versions, self.residency)
         await self.residency.restore(engine)
         self._backend = replace(self._backend, engine=engine)
         self._gate.open(self._backend)
@@ -223,28 +222,6 @@ class App:
             ) from error
         self.http_port = self._http.port
 
-    def _make_backend(self, engine: Engine, policy: TrustPolicy | None, cache: Cache) -> Backend:
-        config = self._config
-        if policy is not None:
-            self._versions = make_versions(config, engine.base, policy, cache)
-        residency = make_residency(
-            config, engine=engine, source=self._versions or NoSource(), events=self._metrics
-        )
-        scheduler = make_scheduler(config, events=self._metrics, resident=lambda: residency.resident)
-        self._metrics.waiting.set_function(lambda: scheduler.waiting)
-        self._metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
-        self._metrics.slots_total.set(config.adapters.slots)
-        self._metrics.slots_used.set_function(lambda: residency.slots_used)
-        self._metrics.pins.set_function(lambda: residency.pins)
-        return Backend(
-            engine=engine,
-            versions=self._versions,
-            residency=residency,
-            scheduler=scheduler,
-            model_name=config.model.name,
-            prompt_chars_max=config.limits.prompt_chars_max,
-        )
-
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
@@ -268,7 +245,7 @@ async def serve(config: Config) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     starting = asyncio.create_task(app.start())
     signalled = asyncio.create_task(stopping.wait())
-    watching: asyncio.Task[NoReturn] | None = None
+    tasks: list[asyncio.Task[Any]] = [starting, signalled]
     try:
         await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -282,12 +259,12 @@ async def serve(config: Config) -> int:
             flush=True,
         )
         watching = asyncio.create_task(app.wait())
+        tasks.append(watching)
         await asyncio.wait({watching, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
         return 0
     finally:
-        tasks = [task for task in (starting, watching, signalled) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

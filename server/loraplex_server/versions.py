@@ -23,7 +23,7 @@ from loraplex_registry.delivery.handoff import Handoff, hand_off
 from loraplex_registry.errors import PolicyRefusedError, SettingsError, StoreUnavailableError, TrustError
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.registry import Registry, Resolved, StagedAdapter
-from loraplex_registry.trust.verdict import CHECKS, VerifiedManifest
+from loraplex_registry.trust.verdict import CHECKS, Trace, VerifiedManifest
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import WEIGHTS_NAME, Limits
@@ -196,9 +196,12 @@ class Versions:
                 progress("verify", 0, 0)
 
         resolved = self._verifier.resolve(ref, before.resolved if before else None)
-        verified = self._verifier.decide(resolved, base_digest=self._base.digest, trace=told)
+        return _Known(asked_s, self._decided(resolved, told), resolved)
+
+    def _decided(self, resolved: Resolved, trace: Trace) -> AdapterVersion:
+        verified = self._verifier.decide(resolved, base_digest=self._base.digest, trace=trace)
         manifest = verified.manifest
-        version = AdapterVersion(
+        return AdapterVersion(
             name=f"{manifest.tenant}/{manifest.adapter}@{manifest.digest}",
             tenant=manifest.tenant,
             adapter=manifest.adapter,
@@ -206,7 +209,6 @@ class Versions:
             digest=manifest.digest,
             verified=verified,
         )
-        return _Known(asked_s, version, resolved)
 
     async def reconsider(self, version: AdapterVersion) -> None:
         """Decide again about a version that was verified before, by the revocation list and the time of now.

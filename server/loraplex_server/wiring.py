@@ -25,11 +25,14 @@ from loraplex_registry.validation.weights import Limits
 from loraplex_server.config import Config
 from loraplex_server.engine import Engine
 from loraplex_server.errors import ConfigError
+from loraplex_server.gate import Backend
+from loraplex_server.metrics import Metrics
 from loraplex_server.residency import Residency, ResidencyEvents
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
-from loraplex_server.versions import AdapterSource, Versions
+from loraplex_server.supervision import SupervisionEvents, Supervisor
+from loraplex_server.versions import AdapterSource, NoSource, Versions
 
 DESCRIPTORS_PER_ADAPTER: Final = 5
 """File descriptors that one adapter's sealed bytes hold."""
@@ -143,6 +146,38 @@ def make_residency(
         ahead_max=max(1, adapters.fetches_max // 2),
         load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
+    )
+
+
+def make_supervisor(
+    config: Config, make_engine: Callable[[], Engine], *, events: SupervisionEvents
+) -> Supervisor:
+    """Return what keeps an engine alive; see `Supervisor` for the arguments."""
+    return Supervisor(
+        make_engine,
+        restarts_max=config.server.engine_restarts_max,
+        window_s=config.server.engine_restarts_window_s,
+        events=events,
+        clock=time.monotonic,
+    )
+
+
+def make_backend(config: Config, engine: Engine, versions: Versions | None, metrics: Metrics) -> Backend:
+    """Return what the services work with, around an engine that has started, with its gauges."""
+    residency = make_residency(config, engine=engine, source=versions or NoSource(), events=metrics)
+    scheduler = make_scheduler(config, events=metrics, resident=lambda: residency.resident)
+    metrics.waiting.set_function(lambda: scheduler.waiting)
+    metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
+    metrics.slots_total.set(config.adapters.slots)
+    metrics.slots_used.set_function(lambda: residency.slots_used)
+    metrics.pins.set_function(lambda: residency.pins)
+    return Backend(
+        engine=engine,
+        versions=versions,
+        residency=residency,
+        scheduler=scheduler,
+        model_name=config.model.name,
+        prompt_chars_max=config.limits.prompt_chars_max,
     )
 
 
