@@ -9,17 +9,16 @@ health is NOT_SERVING and calls are refused until a fresh one has the same adapt
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from loraplex_registry.delivery.cache import Cache
-from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
@@ -32,23 +31,22 @@ from loraplex_server.integrity import Patrol
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.observing import hook_up, make_tracing
 from loraplex_server.ports import Ports
-from loraplex_server.preflight import slot_bytes
 from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
 from loraplex_server.residency import Residency
 from loraplex_server.rollout.splits import Splits
-from loraplex_server.supervision import Supervisor
-from loraplex_server.versions import NoSource, Versions
+from loraplex_server.versions import Versions
 from loraplex_server.watched import WatchedFile, refresh_for_ever
 from loraplex_server.wiring import (
     cache_dir,
     load_policy,
-    make_residency,
-    make_rollouts,
-    make_scheduler,
+    make_backend,
+    make_supervisor,
     make_versions,
     open_cache,
     watch_splits,
 )
+
+RECONSIDER_S_MAX = 5.0  # spent on deciding again about adapters before a fresh engine gets them
 
 
 class App:
@@ -66,13 +64,8 @@ class App:
             tenants_max=config.limits.tenants_labelled_max, adapters_max=config.limits.adapters_labelled_max
         )
         self._tracing = make_tracing(config.tracing)
-        self._supervisor = Supervisor(
-            make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir())),
-            restarts_max=config.server.engine_restarts_max,
-            window_s=config.server.engine_restarts_window_s,
-            events=self._metrics,
-            clock=time.monotonic,
-        )
+        make_engine = make_engine or (lambda: VllmEngine(config, cache_dir=cache_dir()))
+        self._supervisor = make_supervisor(config, make_engine, events=self._metrics)
         self._backend: Backend | None = None
         self._gate = Gate()
         self._page: MetricsPage | None = None
@@ -99,18 +92,30 @@ class App:
         await self._opened.open()
         watched = (authenticator, self._opened.http_tls, self._splits)
         refreshes = [one.refresh for one in watched if one is not None]
-        self._watching.append(asyncio.create_task(refresh_for_ever(refreshes), name="watch files"))
+        self._watch(refresh_for_ever(refreshes))
         await self._supervisor.start()
-        self._backend = self._make_backend(self._supervisor.engine, policy, cache)
+        engine = self._supervisor.engine
+        if policy is not None:
+            self._versions = make_versions(self._config, engine.base, policy, cache)
+        self._backend = make_backend(
+            self._config, engine, self._versions, self._splits, metrics=self._metrics
+        )
+        hook_up(
+            self._metrics,
+            self._config,
+            scheduler=self._backend.scheduler,
+            residency=self.residency,
+            cache=cache,
+        )
         self._gate.open(self._backend)
-        if self._versions is not None:
+        if self._versions is not None:  # else there are no adapters
             interval_s = self._config.registry.revocations_ttl_s
-            work = reconsider_for_ever(self._versions, self.residency, interval_s=interval_s)
-            self._watching.append(asyncio.create_task(work, name="reconsider adapters"))
-        source = self._versions or NoSource()
-        patrol = Patrol(self.residency, source, clock=time.monotonic)
-        self._watching.append(asyncio.create_task(patrol.run(), name="integrity"))
+            self._watch(reconsider_for_ever(self._versions, self.residency, interval_s=interval_s))
+            self._watch(Patrol(self.residency, self._versions, clock=time.monotonic).run())
         self._ports.health.set_serving(True)
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._watching.append(asyncio.create_task(work))
 
     async def wait(self) -> NoReturn:
         """Watch the engine and replace it when it dies.
@@ -128,7 +133,9 @@ class App:
     async def _engine_back(self, engine: Engine) -> None:
         assert self._backend is not None
         if self._versions is not None:  # what was revoked meanwhile stays out
-            await reconsider_all(self._versions, self.residency)
+            with contextlib.suppress(TimeoutError):  # the rounds go on with it when the storage hangs
+                async with asyncio.timeout(RECONSIDER_S_MAX):
+                    await reconsider_all(self._versions, self.residency)
         await self.residency.restore(engine)
         self._backend = replace(self._backend, engine=engine)
         self._gate.open(self._backend)
@@ -185,31 +192,6 @@ class App:
         )
         return Ports(
             self._config, gate=self._gate, guard=guard, authenticator=authenticator, metrics=self._metrics
-        )
-
-    def _make_backend(self, engine: Engine, policy: TrustPolicy | None, cache: Cache) -> Backend:
-        config = self._config
-        if policy is not None:
-            self._versions = make_versions(config, engine.base, policy, cache)
-        residency = make_residency(
-            config, engine=engine, source=self._versions or NoSource(), events=self._metrics
-        )
-        scheduler = make_scheduler(config, events=self._metrics, resident=lambda: residency.resident)
-        hook_up(self._metrics, config, scheduler=scheduler, residency=residency, cache=cache)
-        return Backend(
-            engine=engine,
-            versions=self._versions,
-            residency=residency,
-            scheduler=scheduler,
-            rollouts=make_rollouts(config, self._splits, events=self._metrics),
-            model_name=config.model.name,
-            prompt_chars_max=config.limits.prompt_chars_max,
-            slot_bytes=slot_bytes(
-                engine.base,
-                rank=config.engine_rank,
-                element_bytes=4 if config.model.dtype == "float32" else 2,
-                embeddings=config.adapters.embeddings,
-            ),
         )
 
 

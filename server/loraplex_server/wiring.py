@@ -26,6 +26,9 @@ from loraplex_registry.validation.weights import Limits
 from loraplex_server.config import Config
 from loraplex_server.engine import Engine
 from loraplex_server.errors import ConfigError
+from loraplex_server.gate import Backend
+from loraplex_server.metrics import Metrics
+from loraplex_server.preflight import slot_bytes
 from loraplex_server.residency import Residency, ResidencyEvents
 from loraplex_server.rollout.judge import Limits as RolloutLimits
 from loraplex_server.rollout.rollouts import RolloutEvents, Rollouts
@@ -33,7 +36,8 @@ from loraplex_server.rollout.splits import Splits
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
-from loraplex_server.versions import AdapterSource, Versions
+from loraplex_server.supervision import SupervisionEvents, Supervisor
+from loraplex_server.versions import AdapterSource, NoSource, Versions
 from loraplex_server.watched import WatchedFile
 
 DESCRIPTORS_PER_ADAPTER: Final = 5
@@ -181,6 +185,46 @@ def make_residency(
         ahead_max=max(1, adapters.fetches_max // 2),
         load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
+    )
+
+
+def make_supervisor(
+    config: Config, make_engine: Callable[[], Engine], *, events: SupervisionEvents
+) -> Supervisor:
+    """Return what keeps an engine alive; see `Supervisor` for the arguments."""
+    return Supervisor(
+        make_engine,
+        restarts_max=config.server.engine_restarts_max,
+        window_s=config.server.engine_restarts_window_s,
+        events=events,
+        clock=time.monotonic,
+    )
+
+
+def make_backend(
+    config: Config,
+    engine: Engine,
+    versions: Versions | None,
+    splits: WatchedFile[Splits] | None,
+    *,
+    metrics: Metrics,
+) -> Backend:
+    """Return what the services work with, around an engine that has started."""
+    residency = make_residency(config, engine=engine, source=versions or NoSource(), events=metrics)
+    return Backend(
+        engine=engine,
+        versions=versions,
+        residency=residency,
+        scheduler=make_scheduler(config, events=metrics, resident=lambda: residency.resident),
+        rollouts=make_rollouts(config, splits, events=metrics),
+        model_name=config.model.name,
+        prompt_chars_max=config.limits.prompt_chars_max,
+        slot_bytes=slot_bytes(
+            engine.base,
+            rank=config.engine_rank,
+            element_bytes=4 if config.model.dtype == "float32" else 2,
+            embeddings=config.adapters.embeddings,
+        ),
     )
 
 

@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex_registry.refs import AdapterRef
 from loraplex_server import health
-from loraplex_server.ports import SERVICES
 from loraplex_server.identity.api_keys import make_key
+from loraplex_server.ports import SERVICES
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, reason_of, running, until
 

@@ -267,3 +267,23 @@ async def test_an_audit_says_nothing_while_adapters_come_and_go(tmp_path: Path) 
     assert await rig.residency.audit() == []
     await coming
     assert len(await rig.residency.audit()) == 1
+
+
+async def test_an_engine_that_dies_again_while_adapters_come_back_loses_none_of_them(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, slots=2)
+    for name in "ab":
+        await use(rig, name)
+    rig.engine.dead = True
+    await rig.residency.engine_lost(EngineUnavailableError("the engine stopped"))
+    second = type(rig.engine)(rig.engine.base, slots=2)
+    second.hang_names = {version(name).name for name in "ab"}
+    restoring = asyncio.create_task(rig.residency.restore(second))
+    await until(lambda: len(second.slot_ids_seen) == 2)
+    await rig.residency.engine_lost(EngineUnavailableError("the engine stopped"))
+    await restoring
+    assert rig.states() == {"a": "loading", "b": "loading"}
+    rig.engine = type(rig.engine)(rig.engine.base, slots=2)
+    await rig.residency.restore(rig.engine)
+    assert rig.states() == {"a": "resident", "b": "resident"}
+    assert rig.source.staged == {"a": 1, "b": 1}
+    await rig.residency.check()

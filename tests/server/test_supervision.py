@@ -126,6 +126,23 @@ async def test_an_adapter_that_was_revoked_meanwhile_stays_out(shop: Shop) -> No
             await client.generate("x", adapter="acme/orders", sampling=FOUR)
 
 
+async def test_a_storage_that_hangs_does_not_keep_the_engine_from_coming_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(app, "RECONSIDER_S_MAX", 0.05)
+    shop.publish("acme/orders")
+    async with watched(shop) as (rig, client):
+        await client.generate("x", adapter="acme/orders", sampling=FOUR)
+        monkeypatch.setattr(rig.app._versions, "reconsider", hangs)
+        rig.engine.dead = True
+        await until(lambda: len(rig.engines) == 2)
+        await until_serving(client)
+        assert len(rig.engine.adapters) == 1
+
+
 async def test_a_server_told_to_stop_while_its_engine_restarts_stops_at_once(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
