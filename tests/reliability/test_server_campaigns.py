@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.campaigns import crossing, endings, hostile_messages, neighbours
+from tests.server.campaigns.crossing import crossing
+from tests.server.campaigns.endings import endings
+from tests.server.campaigns.hostile import hostile_messages
+from tests.server.campaigns.neighbours import neighbours
 from tests.server.conftest import Shop
 
 pytestmark = pytest.mark.reliability

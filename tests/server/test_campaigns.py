@@ -2,7 +2,9 @@
 
 import random
 
-from tests.server.campaigns import crossing, endings, hostile_messages
+from tests.server.campaigns.crossing import crossing
+from tests.server.campaigns.endings import endings
+from tests.server.campaigns.hostile import hostile_messages
 from tests.server.conftest import Shop
 
 
