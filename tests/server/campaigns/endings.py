@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from loraplex_client import LoraplexError, Sampling
 from tests.server.conftest import Shop
-from tests.server.rig import FOUR, running, until
+from tests.server.rig import running, until
 
 
 @dataclass
@@ -31,9 +31,9 @@ async def endings(shop: Shop, *, calls: int, seed: int) -> Endings:
         rig.client() as client,
     ):
         rig.engine.step_s = 0.001
-        await client.generate("x", adapter="acme/a0", sampling=FOUR)
+        await client.pin_adapter("acme/a0")
         before = rig.outcomes()
-        descriptors = len(os.listdir("/proc/self/fd"))
+        descriptors, tasks = len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
 
         async def one() -> None:
             adapter = rng.choice(["", "acme/a0", "acme/a1", "acme/a2", "acme/a3", "acme/absent"])
@@ -56,6 +56,9 @@ async def endings(shop: Shop, *, calls: int, seed: int) -> Endings:
             await asyncio.gather(*(one() for _ in range(min(50, calls))))
         scheduler = rig.app._gate.backend.scheduler
         await until(lambda: scheduler.held == 0 and rig.engine.running == 0)
+        await client.unpin_adapter("acme/a0")
+        for number in range(6):
+            await client.unload_adapter(f"acme/a{number}")
         after = rig.outcomes()
         found.outcomes = {name: after[name] - before[name] for name in after}
         found.left_behind = {
@@ -64,8 +67,21 @@ async def endings(shop: Shop, *, calls: int, seed: int) -> Endings:
             "waiting": scheduler.waiting,
             "in the engine": rig.engine.running,
             "leases": sum(status.active_requests for status in rig.app.residency.statuses()),
+            "pins": rig.app.residency.pins,
+            "slots": rig.app.residency.slots_used + len(rig.engine.adapters),
+            "tasks": await _more_than(tasks),
+            "in flight by the page": int(rig.counts.get_sample_value("loraplex_requests_in_flight") or 0),
         }
         await rig.app.residency.check()
         gc.collect()
         found.descriptors_grown = len(os.listdir("/proc/self/fd")) - descriptors
     return found
+
+
+async def _more_than(tasks: int) -> int:
+    """How many more tasks there are than before, two seconds from now at most."""
+    for _ in range(200):
+        if len(asyncio.all_tasks()) <= tasks:
+            return 0
+        await asyncio.sleep(0.01)
+    return len(asyncio.all_tasks()) - tasks
