@@ -35,11 +35,15 @@ class _Nothing:
     """Stands for metrics and for a turn: takes every call and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
+        setattr(self, name, _nothing)  # found at once from now on: asking must not cost more than doing
         return _nothing
 
 
 def _nothing(*_arguments: Any, **_named: Any) -> None:
     return None
+
+
+_NOTHING = _Nothing()
 
 
 class _NoTurns:
@@ -53,7 +57,7 @@ class _NoTurns:
     @asynccontextmanager
     async def turn(self, *_arguments: Any, **_named: Any) -> AsyncIterator[_Nothing]:
         """See `Scheduler.turn`."""
-        yield _Nothing()
+        yield _NOTHING
 
 
 class _BareService(GenerationService):
@@ -83,7 +87,7 @@ class BareApp(app.App):
         gate = Gate()
         gate.open(replace(self._gate.backend, scheduler=cast(Scheduler, _NoTurns())))
         self._bare = grpc.aio.server()
-        service = _BareService(Generation(gate, cast(Metrics, _Nothing())))
+        service = _BareService(Generation(gate, cast(Metrics, _NOTHING)))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._bare)
         port = self._bare.add_insecure_port("127.0.0.1:0")
         await self._bare.start()

@@ -32,6 +32,7 @@ RANK = 16
 TAG_TTL_S = 0.05
 POLL_S = 0.01
 ROUND_S_MAX = 60.0
+REGISTRY = Path(sys.executable).with_name("registry")
 ENGINE = EngineSettings(context_tokens=512, batch_requests=16)
 ONE = Sampling(max_tokens=1, temperature=0, ignore_eos=True)
 PROMPT = TokenIds(tuple(range(10, 26)))
@@ -54,6 +55,7 @@ def push_to_token(models: Path, rounds: int) -> list[Measurement]:
     for path in adapters:
         (path / "base_model.json").write_bytes(base.to_json())
     with world() as place, served(place), tempfile.TemporaryDirectory(prefix="loraplex-bench-") as directory:
+        command_seconds([REGISTRY, "doctor"], place)  # a bucket is probed once before the first write
         _push(place, adapters[0])
         settings, key = write_settings(Path(directory), base_dir, ENGINE, more=_registry(place))
         with (
@@ -86,8 +88,7 @@ tag_ttl_s = {TAG_TTL_S}
 
 def _push(place: World, path: Path) -> float:
     """Push and move the tag, in a process of its own; returns its seconds."""
-    registry = Path(sys.executable).with_name("registry")
-    return command_seconds([registry, "push", path, "acme/orders", "--tag", "prod"], place)
+    return command_seconds([REGISTRY, "push", path, "acme/orders", "--tag", "prod"], place)
 
 
 def _round(place: World, client: Client, path: Path) -> Times:
