@@ -33,6 +33,7 @@ async def test_server_replies_never_cross(shop: Shop, figure: Figure, seed: int)
     figure("replies over 200 tenants and 4 slots", found.replies, "= 10000", found.replies == 10_000)
     figure("of these, with another adapter's tokens", found.crossed, "= 0", found.crossed == 0)
     figure("adapters brought in", found.loads, ">= 5000", found.loads >= 5000)
+    figure("the page accounts for every call", int(found.accounted), "= 1", found.accounted)
 
 
 async def test_server_endings_leave_nothing(shop: Shop, figure: Figure, seed: int) -> None:
@@ -99,6 +100,7 @@ async def test_server_stalled_readers(shop: Shop, figure: Figure) -> None:
     figure("p99 of another tenant, beside / alone", ratio, "<= 1.5", ratio <= 1.5)
     left = int(sum(found.left.values()))
     figure("calls left when they hung up", left, "= 0", left == 0)
+    figure("the page accounts for every call", int(found.accounted), "= 1", found.accounted)
 
 
 async def test_server_sigterm(shop: Shop, figure: Figure, seed: int) -> None:
@@ -136,6 +138,7 @@ async def test_server_rolls(shop: Shop, figure: Figure, seed: int) -> None:
     failed = sum(found.errors.values()) + found.wrong
     figure("failed or wrong", failed, "= 0", failed == 0)
     figure("that name a version not tagged then", found.untagged, "= 0", found.untagged == 0)
+    figure("the page accounts for every call", int(found.accounted), "= 1", found.accounted)
 
 
 async def test_server_leaks(shop: Shop, figure: Figure) -> None:

@@ -21,12 +21,13 @@ keys = [{{ path = "acme.pub" }}]
 
 @dataclass
 class Crossing:
-    """What `crossing` saw: replies, those with another adapter's tokens, errors by reason, evictions."""
+    """What `crossing` saw: replies, those crossed, errors by reason, loads, and whether the metrics agree."""
 
     replies: int = 0
     crossed: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     loads: int = 0
+    accounted: bool = False
 
 
 def many_tenants(shop: Shop, count: int) -> list[str]:
@@ -66,5 +67,6 @@ async def crossing(shop: Shop, *, tenants: int, replies: int, seed: int) -> Cros
         async with rig.client() as client:
             await asyncio.gather(*(caller(client) for _ in range(32)))
         found.loads = len(rig.engine.slot_ids_seen)
+        found.accounted = rig.accounts_for(found.replies + sum(found.errors.values()))
         await rig.app.residency.check()
     return found

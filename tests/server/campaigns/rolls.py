@@ -22,6 +22,7 @@ class Rolls:
         untagged: answers of a version that was not the tag's at any moment of the call.
         wrong: answers whose tokens are not those of the version they name.
         seen: versions that answered at all.
+        accounted: whether the metrics say the same of how the calls ended.
     """
 
     rolls: int = 0
@@ -30,6 +31,7 @@ class Rolls:
     wrong: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     seen: set[str] = field(default_factory=set)
+    accounted: bool = False
 
 
 @dataclass
@@ -83,6 +85,7 @@ async def rolls(shop: Shop, *, count: int, pause_s: float, seed: int) -> Rolls:
         ended = True
         await asyncio.gather(*callers)
         await rig.app.residency.check()
+        found.accounted = rig.accounts_for(found.replies + sum(found.errors.values()))
     for sent, received, digest in answers:
         tagged = history[digest]
         found.untagged += not (tagged.since <= received and sent <= tagged.until)

@@ -25,6 +25,7 @@ class Stalled:
     beside_s: float
     bytes_each: float
     held: int
+    accounted: bool
     left: dict[str, float]
 
 
@@ -56,7 +57,8 @@ async def stalled_readers(shop: Shop, *, readers: int, calls: int, settle_s: flo
             for stream in streams:
                 stream.cancel()
             left = await _left(server)
-    return Stalled(p99(alone), p99(beside), grown / readers, held, left)
+            ended = sum(server.metrics().outcomes().values())
+    return Stalled(p99(alone), p99(beside), grown / readers, held, ended == readers + 2 * calls, left)
 
 
 async def _latencies(client: AsyncClient, calls: int) -> list[float]:
