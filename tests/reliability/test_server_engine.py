@@ -125,19 +125,26 @@ def poison(stage: Stage, root: Path) -> dict[str, str]:  # noqa: F811
         ("wider", "BASE_MISMATCH"),
         ("cut", "UNSUPPORTED_ADAPTER"),
         ("header", "UNSUPPORTED_ADAPTER"),
-        ("unweighted", "UNSUPPORTED_ADAPTER"),
+        ("unweighted", "SIGNATURE_INVALID"),
     ):
         publish_unchecked(stage, root / name, f"acme/{name}")
         expected[f"acme/{name}"] = reason
     stage.publish("acme/wide", seed=2, rank=2 * RANK_MAX)
     expected["acme/wide"] = "RANK_TOO_LARGE"
+    stage.publish("acme/gone", seed=4)
+    stage.remove(_blob(stage, "acme/gone"))
+    expected["acme/gone"] = "DIGEST_MISMATCH"
     stage.publish("acme/flipped", seed=3)
-    key = next(key for key in stage.keys_of("acme/flipped") if "/b/" in key)
+    key = _blob(stage, "acme/flipped")
     body = bytearray(stage.read(key))
     body[len(body) // 2] ^= 1
     stage.write(key, bytes(body))
     expected["acme/flipped"] = "DIGEST_MISMATCH"
     return expected
+
+
+def _blob(stage: Stage, ref: str) -> str:  # noqa: F811
+    return next(key for key in stage.keys_of(ref) if "/b/" in key)
 
 
 async def test_server_engine_poison_harms_nobody_else(
