@@ -37,8 +37,7 @@ class Drill:
         error_s: for SIGKILL, seconds from the signal to each caller's error.
         end_s: seconds from the signal to the end of the process.
         right_after: adapters that a server started after the last cycle serves right.
-        unfinished: downloads and removals that the ended servers left unfinished in the cache.
-        left_on_disk: of these, those that are still there then.
+        left_on_disk: downloads that the last of the ended servers left half-done and that are still there then.
     """
 
     cycles: int = 0
@@ -51,7 +50,6 @@ class Drill:
     error_s: list[float] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)
     right_after: int = 0
-    unfinished: int = 0
     left_on_disk: int = 0
 
 
@@ -73,7 +71,7 @@ async def drill(shop: Shop, number: signal.Signals, *, cycles: int, seed: int) -
     unfinished = {path.name for path in cache.glob(".tmp-*")}
     with serving(settings) as server:
         found.right_after = await _right_answers(server)
-        found.unfinished, found.left_on_disk = len(unfinished), len(unfinished & set(os.listdir(cache)))
+        found.left_on_disk = len(unfinished & set(os.listdir(cache)))
     return found
 
 
