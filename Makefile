@@ -77,6 +77,7 @@ format: setup
 
 bench: setup bench-setup
 	$(BIN)/python -m benchmarks.registry_io --json
+	$(BIN)/python -m benchmarks.frontend --json
 	$(BIN)/python -m benchmarks.lora_overhead --json
 	$(BIN)/python -m benchmarks.memory --json
 

@@ -58,6 +58,8 @@ _ERROR_OF_REASON: dict[str, type[errors.LoraplexError]] = {
 # For statuses that no server of ours made: the network's, a proxy's, gRPC's own.
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.LoraplexError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    # Not the caller's doing: gRPC ends so what reaches a server in the moment it closes its port.
+    grpc.StatusCode.CANCELLED: errors.UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OverloadedError,
     grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,

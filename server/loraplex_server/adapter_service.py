@@ -56,16 +56,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequestError("page_size", f"must be at most {PAGE_MAX}")
         residency = self._gate.backend.residency
         size = request.page_size or PAGE_DEFAULT
-        rows = [
-            status
-            for status in residency.statuses()
-            if may_see(principal, status.version.tenant) and status.version.name > request.page_token
-        ]
+        seen = [status for status in residency.statuses() if may_see(principal, status.version.tenant)]
+        rows = [status for status in seen if status.version.name > request.page_token]
         return apb.ListAdaptersResponse(
             adapters=map(_adapter, rows[:size]),
             next_page_token=rows[size - 1].version.name if len(rows) > size else "",
             slots_total=residency.slots_total,
-            slots_used=residency.slots_used,
+            slots_used=sum(status.state is not State.FETCHING for status in seen),
         )
 
     async def GetAdapter(  # noqa: N802

@@ -113,6 +113,10 @@ class Stage:
         """Replace an object behind the registry's back."""
         self.objects.put_object(Bucket=BUCKET, Key=key, Body=body)
 
+    def remove(self, key: str) -> None:
+        """Delete an object behind the registry's back."""
+        self.objects.delete_object(Bucket=BUCKET, Key=key)
+
 
 def write_settings(stage: Stage, path: Path, **changes: str) -> Path:
     """Write a server's settings file; `changes` replace values by "section.key"."""

@@ -12,6 +12,7 @@ import pytest
 
 from loraplex_client import Client, Sampling
 from tests.e2e.conftest import PROMPT, SLOTS, Stage, generate
+from tests.sim.stranger import in_own_process
 
 pytestmark = pytest.mark.engine
 
@@ -165,3 +166,10 @@ def test_a_per_tenant_conversation_over_http_is_the_one_over_grpc(server: Stage,
     )
     assert chat.usage is not None
     assert chat.usage.completion_tokens <= 4
+
+
+def test_a_client_that_knows_reflection_only_talks_to_an_adapter(server: Stage, client: Client) -> None:
+    found = in_own_process(f"127.0.0.1:{server.port}", "acme/good")
+    assert found["ours"] == []
+    assert found["digests"] == [generate(client, "acme/good").header.adapter_digest] * 2
+    assert found["tokens"] >= 2

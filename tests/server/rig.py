@@ -50,6 +50,11 @@ class Rig:
                     found[sample.labels["outcome"]] += sample.value
         return found
 
+    def accounts_for(self, calls: int) -> bool:
+        """Whether the metrics give every one of so many calls exactly one outcome, with none in flight."""
+        in_flight = self.counts.get_sample_value("loraplex_requests_in_flight")
+        return sum(self.outcomes().values()) == calls and in_flight == 0
+
 
 @asynccontextmanager
 async def running(

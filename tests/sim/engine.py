@@ -15,6 +15,7 @@ from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineR
 from loraplex_server.errors import EngineUnavailableError
 
 VOCAB = 1000
+BLOCK_TOKENS = 4  # of a prompt, kept in the prefix cache together
 
 
 def answer(adapter_name: str, prompt_ids: tuple[int, ...], position: int) -> int:
@@ -33,6 +34,7 @@ class SimEngine:
         self.adapters: dict[int, EngineAdapter] = {}
         self.slot_ids_seen: list[int] = []
         self.requests: list[EngineRequest] = []
+        self.prefixes: set[tuple[str, str, tuple[int, ...]]] = set()
         self.running = 0
         self.step_s = 0.0
         self.step_s_of: dict[str, float] = {}  # by the adapter's name
@@ -73,6 +75,7 @@ class SimEngine:
             assert held is not None, "a request reached the engine before its adapter"
             assert held.name == name
         self.requests.append(request)
+        cached = self._cached_tokens(request, name)
         self.running += 1
         try:
             for position in range(request.sampling.max_tokens):
@@ -81,9 +84,22 @@ class SimEngine:
                 self._alive()
                 token = answer(name, request.prompt_ids, position)
                 last = position + 1 == request.sampling.max_tokens
-                yield EngineChunk(f"{token} ", (token,), 0, "length" if last else None)
+                yield EngineChunk(f"{token} ", (token,), cached, "length" if last else None)
         finally:
             self.running -= 1
+
+    def _cached_tokens(self, request: EngineRequest, name: str) -> int:
+        """Look the prompt up in the prefix cache, and keep it there: by salt and adapter, in whole blocks.
+
+        As in vLLM the last token is always computed, so a prompt is never found whole.
+        """
+        ids, cached, known = request.prompt_ids, 0, True
+        for end in range(BLOCK_TOKENS, len(ids), BLOCK_TOKENS):
+            key = (request.cache_salt, name, ids[:end])
+            known = known and key in self.prefixes
+            cached = end if known else cached
+            self.prefixes.add(key)
+        return cached
 
     async def load(self, adapter: EngineAdapter) -> None:
         self._alive()

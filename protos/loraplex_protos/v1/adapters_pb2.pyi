@@ -192,7 +192,7 @@ class ListAdaptersResponse(google.protobuf.message.Message):
     next_page_token: builtins.str
     """Empty on the last page."""
     slots_total: builtins.int
-    """Slots of the engine, and how many are taken (by all tenants)."""
+    """Slots of the engine, and how many are taken by adapters that the caller may see."""
     slots_used: builtins.int
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Adapter]:
