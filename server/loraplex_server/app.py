@@ -24,8 +24,10 @@ from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, 
 from loraplex_registry.delivery.cache import Cache
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_server.adapter_service import AdapterService
+from loraplex_server.admission import Admission
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, load_config, split_address
+from loraplex_server.embedding import Embedding
 from loraplex_server.engine import Engine
 from loraplex_server.engine_vllm import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
@@ -37,6 +39,7 @@ from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor, abort_with
 from loraplex_server.metrics import Metrics, MetricsPage
 from loraplex_server.reconsider import reconsider_for_ever
+from loraplex_server.replays import Replays
 from loraplex_server.residency import Residency
 from loraplex_server.tls import HttpTls, server_credentials
 from loraplex_server.versions import Versions
@@ -138,7 +141,9 @@ class App:
             metrics=self._metrics,
             default_deadline_s=server.default_deadline_s,
         )
-        generation = Generation(self._gate, self._metrics)
+        admission = Admission(self._gate, self._metrics)
+        embedding = Embedding(admission)
+        replays = Replays(Generation(admission), self._gate, self._metrics, keep_s=server.replay_s)
         interceptor = CallInterceptor(guard, self._metrics)
         self._grpc = grpc.aio.server(
             interceptors=[interceptor],
@@ -149,7 +154,9 @@ class App:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(generation), self._grpc)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(self._gate, replays, embedding), self._grpc
+        )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         await self._set_health(_NOT_SERVING)
@@ -165,14 +172,15 @@ class App:
             raise ConfigError(f"server.listen: cannot listen on {server.listen}: {error}") from error
         await self._grpc.start()
         if server.http_listen:
-            await self._open_http_port(guard, generation)
+            await self._open_http_port(guard, replays, embedding)
 
-    async def _open_http_port(self, guard: Guard, generation: Generation) -> None:
+    async def _open_http_port(self, guard: Guard, replays: Replays, embedding: Embedding) -> None:
         server, tls = self._config.server, self._config.tls
         self._http = HttpApi(
             guard,
             self._gate,
-            generation,
+            replays,
+            embedding,
             body_bytes_max=self._config.message_bytes_max,
             drain_s=server.drain_s,
         )

@@ -23,6 +23,7 @@ from loraplex_registry.settings import state_directory
 from loraplex_registry.storage.s3_options import READING, S3Options, read_options
 from loraplex_server.errors import ConfigError
 
+TASKS = ("generate", "embed")
 HANDOFFS = ("sealed", "directory")
 QUANTIZATIONS = ("nf4", "int8", "none")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -42,6 +43,7 @@ class ServerSettings:
     default_deadline_s: float = 300.0  # for calls that bring none
     drain_s: float = 20.0  # given to running calls after SIGTERM
     message_mib_max: int = 4  # one gRPC message
+    replay_s: float = 60.0  # an answer is told again to calls with the same request id; 0: only while it runs
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
 
@@ -51,6 +53,7 @@ class ModelSettings:
 
     path: str
     name: str = ""  # empty: the last part of `path`
+    task: str = "generate"  # or "embed": vectors instead of text
     quantization: str = "nf4"
     dtype: str = "bfloat16"
     context_tokens: int = 0  # 0: the model's own
@@ -285,7 +288,8 @@ def _s3_options(value: Any, *, where: str) -> S3Options:
 
 def _check(config: Config, origin: Path) -> None:
     model, adapters, limits = config.model, config.adapters, config.limits
-    one_of = [
+    one_of: list[tuple[str, str, tuple[str, ...]]] = [
+        ("model.task", model.task, TASKS),
         ("model.quantization", model.quantization, QUANTIZATIONS),
         ("model.dtype", model.dtype, DTYPES),
         ("adapters.handoff", adapters.handoff, HANDOFFS),
@@ -312,6 +316,7 @@ def _check(config: Config, origin: Path) -> None:
         ("server.default_deadline_s", config.server.default_deadline_s, 1, 86_400),
         ("server.drain_s", config.server.drain_s, 0, 3600),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
+        ("server.replay_s", config.server.replay_s, 0, 3600),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),
         ("limits.tenant_running_max", limits.tenant_running_max, 0, 100_000),

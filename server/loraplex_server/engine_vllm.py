@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,26 @@ from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.checkpoint import checkpoint_directory
 from loraplex_server.config import Config
-from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest, Sampling
+from loraplex_server.engine import (
+    ChatTurn,
+    EngineAdapter,
+    EngineChunk,
+    EngineEmbedding,
+    EngineEmbedRequest,
+    EngineRequest,
+    Form,
+)
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from loraplex_server.form_trials import FormTrials, sandbox_command
 from loraplex_server.quantize import int8_checkpoint
 from loraplex_server.vllm_plugin import GROUPED_WRAPPER, WORKER_EXTENSION
+from loraplex_server.vllm_values import (
+    chunks,
+    embedding,
+    lora_request,
+    refuse_unsupported,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -39,6 +55,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
+        self._trials: FormTrials | None = None
         # One thread: Hugging Face tokenizers are not to be shared between threads.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._context_tokens = 0
@@ -59,6 +76,11 @@ class VllmEngine:
     def vocab_size(self) -> int:
         """See `Engine.vocab_size`."""
         return self._vocab_size
+
+    @property
+    def task(self) -> str:
+        """See `Engine.task`."""
+        return self._config.model.task
 
     async def start(self) -> None:
         """Load the base model.
@@ -82,6 +104,7 @@ class VllmEngine:
             )
         await self._start_vllm(served)
         await self._refuse_wrong_lora()
+        self._trials = FormTrials(sandbox_command(directory, self._vocab_size))
 
     async def _start_vllm(self, directory: Path) -> None:
         _set_environment(self._config)
@@ -147,35 +170,49 @@ class VllmEngine:
         ids: list[int] = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return ids
 
+    async def check_form(self, form: Form, *, tenant: str) -> None:
+        """See `Engine.check_form`."""
+        assert self._trials is not None, "start() first"
+        field = f"sampling.structured_output.{form.kind}"
+        await self._trials.check(form, tenant=tenant, field=field)
+        refuse_unsupported(form, field=field)
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        outputs = self._vllm.generate(
-            {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
-            _sampling_params(request.sampling),
-            request.request_id,
-            lora_request=_lora_request(request.adapter) if request.adapter else None,
-        )
-        try:
+        with _named_errors():
+            outputs = self._vllm.generate(
+                {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
+                sampling_params(request.sampling),
+                request.request_id,
+                lora_request=lora_request(request.adapter) if request.adapter else None,
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    for chunk in _chunks(output):
+                    for chunk in chunks(output, request.sampling):
                         yield chunk
-        except EngineDeadError:
-            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
-        except VLLMClientError as error:
-            raise InvalidRequestError("sampling", str(error)) from None
-        except EngineGenerateError as error:
-            raise EngineUnavailableError("the engine failed this request", retry_after_s=1.0) from error
+
+    async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
+        """See `Engine.embed`."""
+        from vllm.pooling_params import PoolingParams
+
+        with _named_errors():
+            outputs = self._vllm.encode(
+                {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
+                PoolingParams(task="embed"),
+                request.request_id,
+                lora_request=lora_request(request.adapter) if request.adapter else None,
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    return embedding(output)
+        raise EngineUnavailableError("the engine gave no vector")
 
     async def load(self, adapter: EngineAdapter) -> None:
         """See `Engine.load`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            loaded = await self._vllm.add_lora(_lora_request(adapter))
+            loaded = await self._vllm.add_lora(lora_request(adapter))
         except EngineDeadError:
             raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
         except Exception as error:
@@ -209,10 +246,28 @@ class VllmEngine:
 
     async def close(self) -> None:
         """See `Engine.close`."""
+        if self._trials is not None:
+            await self._trials.close()
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
         self._tokenizing.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """Turn vLLM's errors about one request into ours."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except EngineDeadError:
+        raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+    except VLLMClientError as error:
+        raise InvalidRequestError("sampling", str(error)) from None
+    except EngineGenerateError as error:
+        raise EngineUnavailableError("the engine failed this request", retry_after_s=1.0) from error
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -254,6 +309,11 @@ def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[
         "max_lora_rank": config.engine_rank,
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    if config.model.task == "embed":
+        arguments |= {"runner": "pooling", "convert": "embed"}
+    else:
+        # By name: left to itself vLLM keeps for good whatever library the first form happened to need.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar"}
     if not config.adapters.embeddings:
         # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
         arguments["lora_target_modules"] = inner_modules(base) or None
@@ -270,45 +330,3 @@ def inner_modules(base: BaseModel) -> list[str]:
     return sorted(
         {name.rpartition(".")[2] for name, shape in base.layers.items() if base.vocab_size not in shape}
     )
-
-
-def _lora_request(adapter: EngineAdapter) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path))
-
-
-def _sampling_params(sampling: Sampling) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        ignore_eos=sampling.ignore_eos,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _chunks(output: Any) -> list[EngineChunk]:
-    chunks = []
-    for part in output.outputs:
-        if part.finish_reason not in (None, "stop", "length"):
-            raise EngineUnavailableError(f"the engine ended this request: {part.finish_reason}")
-        chunks.append(
-            EngineChunk(
-                text=part.text,
-                token_ids=tuple(part.token_ids),
-                cached_tokens=output.num_cached_tokens or 0,
-                finish_reason=part.finish_reason,
-            )
-        )
-    return chunks

@@ -1,47 +1,41 @@
 """One generation from a checked call to its last token, whatever port it came through.
 
-The order of things: a place is held, the prompt becomes tokens, the adapter's name a verified version, the call waits
-for its turn, the adapter is leased, the engine generates. Everything that is held is given back in the opposite order,
-also when the call is cancelled: events are sent by awaiting `send`, so that a cancellation always arrives in here.
+A call may want several completions: each is a request of its own at the engine, waits for a turn of its own and is
+charged to its tenant like any other. Their events come out in one stream, each with its completion's index. Events are
+sent by awaiting `send`, so that a cancellation always arrives in here.
 """
 
 import asyncio
-import hashlib
-import hmac
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
+from loraplex_server.admission import Account, Admission, Place, Started, encode, together
 from loraplex_server.calls import current_call
-from loraplex_server.engine import Engine, EngineChunk, EngineRequest
-from loraplex_server.errors import InvalidRequestError
-from loraplex_server.gate import Backend, Gate
-from loraplex_server.metrics import Metrics
-from loraplex_server.requests import GenerateCall, Prompt, check_token_ids, final_sampling
-from loraplex_server.residency import Lease
-from loraplex_server.scheduling.scheduler import Turn
+from loraplex_server.engine import Engine, EngineChunk, EngineRequest, Sampling
+from loraplex_server.gate import Backend
+from loraplex_server.requests import GenerateCall, final_sampling
 from loraplex_server.versions import AdapterVersion
 
 
-@dataclass(frozen=True, kw_only=True)
-class Started:
-    """Who answers: sent first. Names and digests of the adapter are "" for the base model."""
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of one completion, or its end."""
 
-    request_id: str
-    base_model: str
-    base_digest: str
-    adapter: str
-    adapter_digest: str
-    adapter_was_resident: bool
+    index: int
+    chunk: EngineChunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How it ended: sent last. Times are seconds since the call arrived."""
+    """How it ended: sent last. Times are seconds since the call arrived.
 
-    finish_reason: str
+    Attributes:
+        finish_reasons: of each completion, "stop" or "length".
+    """
+
+    finish_reasons: tuple[str, ...]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -50,18 +44,16 @@ class Ended:
     total_s: float
 
 
-Event = Started | EngineChunk | Ended
+Event = Started | Piece | Ended
 Send = Callable[[Event], Awaitable[None]]
+"""Takes each event of a call, in order; awaited, so that a slow reader slows its own call down and no other."""
 
 
 class Generation:
     """See the module. One per server."""
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
-        self._gate = gate
-        self._metrics = metrics
-        # One tenant's cached prefixes are never looked up for another; new at every start.
-        self._salt_key = secrets.token_bytes(32)
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
 
     async def run(self, parse: Callable[[Backend], GenerateCall], send: Send) -> None:
         """Generate for the current call.
@@ -73,161 +65,124 @@ class Generation:
         Raises:
             ServerError, RegistryError: why not.
         """
-        call = current_call()
-        async with self._counted() as account:
-            backend = self._gate.backend
+        async with self._admission.counted() as account:
+            backend = self._admission.backend("generate")
             wanted = parse(backend)
-            with backend.scheduler.hold(call.principal.tenant):
-                prompt_ids = await _encode(backend.engine, wanted.prompt)
-                sampling = final_sampling(
-                    wanted.sampling,
-                    prompt_tokens=len(prompt_ids),
-                    context_tokens=backend.engine.context_tokens,
-                    vocab_size=backend.engine.vocab_size,
-                )
-                version = await self._version(wanted, account)
-                async with (
-                    backend.scheduler.turn(
-                        account.tenant,
-                        adapter=version.digest if version else "",
-                        prompt_tokens=len(prompt_ids),
-                        priority=wanted.priority,
-                    ) as turn,
-                    self._lease(version, account) as lease,
-                ):
-                    engine_request = EngineRequest(
-                        request_id=f"{wanted.request_id or 'request'}-{call.id}",
-                        prompt_ids=tuple(prompt_ids),
-                        sampling=sampling,
-                        adapter=lease.adapter if lease else None,
-                        cache_salt=self._salt(account.tenant),
-                    )
-                    await send(_started(backend, wanted, version, lease))
-                    await self._stream(engine_request, account, turn, send)
-
-    async def _stream(self, request: EngineRequest, account: "_Account", turn: Turn, send: Send) -> None:
-        self._metrics.prompt_seen(account.tenant, tokens=len(request.prompt_ids))
-        async with aclosing(self._gate.backend.engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                account.chunk(chunk, time.monotonic())
-                turn.generated(len(chunk.token_ids))
-                if chunk.token_ids or chunk.text:
-                    await send(chunk)
-        await send(account.end(prompt_tokens=len(request.prompt_ids)))
-
-    async def _version(self, wanted: GenerateCall, account: "_Account") -> AdapterVersion | None:
-        """Resolve the adapter; None for the base model."""
-        if wanted.adapter is None:
-            return None
-        version = await self._gate.resolve(wanted.adapter, current_call().principal)
-        account.tenant = version.tenant
-        return version
-
-    @asynccontextmanager
-    async def _lease(
-        self, version: AdapterVersion | None, account: "_Account"
-    ) -> AsyncIterator[Lease | None]:
-        """Have the adapter in the engine; None for the base model."""
-        if version is None:
-            yield None
-            return
-        async with self._gate.backend.residency.lease(version) as lease:
-            account.adapter_ready(was_resident=lease.was_resident)
-            yield lease
-
-    @asynccontextmanager
-    async def _counted(self) -> AsyncIterator["_Account"]:
-        """Give every call exactly one outcome."""
-        call = current_call()
-        account = _Account(self._metrics, tenant=call.principal.tenant, arrived=call.arrived)
-        self._metrics.request_started()
-        outcome = "failed"
-        try:
-            yield account
-            outcome = "completed"
-            self._metrics.request_completed(account.tenant, account.total_s)
-        except asyncio.CancelledError:
-            expired = asyncio.get_running_loop().time() >= call.deadline
-            outcome = "expired" if expired else "cancelled"
-            raise
-        finally:
-            self._metrics.request_ended(account.tenant, outcome)
-
-    def _salt(self, tenant: str) -> str:
-        return hmac.new(self._salt_key, tenant.encode(), hashlib.sha256).hexdigest()
+            with backend.scheduler.hold(current_call().principal.tenant, wanted.choices):
+                prompt_ids, sampling = await _final(backend.engine, wanted)
+                version = await self._admission.version(wanted.adapter, account)
+                answer = _Answer(self._admission, account, wanted, prompt_ids, sampling, version, send)
+                await together([answer.complete(index) for index in range(wanted.choices)])
+                await send(answer.end())
 
 
-class _Account:
-    """Times and counts of one call; tells the metrics as it goes."""
+async def _final(engine: Engine, wanted: GenerateCall) -> tuple[tuple[int, ...], Sampling]:
+    """Return the prompt's tokens and the parameters in the engine's ranges."""
+    if wanted.form is not None:
+        await engine.check_form(wanted.form, tenant=current_call().principal.tenant)
+    prompt_ids = await encode(engine, wanted.prompt)
+    sampling = final_sampling(
+        wanted.sampling,
+        prompt_tokens=len(prompt_ids),
+        context_tokens=engine.context_tokens,
+        vocab_size=engine.vocab_size,
+        form=wanted.form,
+    )
+    return prompt_ids, sampling
 
-    def __init__(self, metrics: Metrics, *, tenant: str, arrived: float) -> None:
-        self.tenant = tenant
-        self._metrics = metrics
-        self._arrived = arrived
-        self._last = arrived
-        self._adapter_s = 0.0
+
+class _Answer:
+    """The completions of one call."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        account: Account,
+        wanted: GenerateCall,
+        prompt_ids: tuple[int, ...],
+        sampling: Sampling,
+        version: AdapterVersion | None,
+        send: Send,
+    ) -> None:
+        self._admission, self._account, self._wanted = admission, account, wanted
+        self._prompt_ids, self._sampling, self._version = prompt_ids, sampling, version
+        self._send = send
+        self._sending = asyncio.Lock()  # one event at a time, whichever completion it is of
+        self._begun = False
+        self._counts = [_Counts() for _ in range(wanted.choices)]
         self._first_token_s = 0.0
-        self._tokens = 0
         self._cached_tokens = 0
-        self._finish = ""
 
-    @property
-    def total_s(self) -> float:
-        """Seconds from arrival to the last chunk."""
-        return self._last - self._arrived
+    async def complete(self, index: int) -> None:
+        """Generate one completion."""
+        engine = self._admission.backend("generate").engine
+        async with self._admission.place(
+            self._account,
+            self._version,
+            prompt_tokens=len(self._prompt_ids),
+            request_id=self._wanted.request_id or "",
+            priority=self._wanted.priority,
+        ) as place:
+            await self._begin(place)
+            async with aclosing(engine.generate(self._request(index, place))) as chunks:
+                async for chunk in chunks:
+                    self._count(index, chunk, time.monotonic())
+                    place.turn.generated(len(chunk.token_ids))
+                    if chunk.token_ids or chunk.text or chunk.finish_reason:
+                        async with self._sending:
+                            await self._send(Piece(index, chunk))
 
-    def adapter_ready(self, *, was_resident: bool) -> None:
-        """The adapter is leased."""
-        self._adapter_s = time.monotonic() - self._arrived
-        self._metrics.adapter_ready(self._adapter_s, was_resident=was_resident)
-
-    def chunk(self, chunk: EngineChunk, now: float) -> None:
-        """A chunk came from the engine."""
-        count = len(chunk.token_ids)
-        if count and not self._tokens:
-            self._first_token_s = now - self._arrived
-            self._cached_tokens = chunk.cached_tokens
-            self._metrics.first_token(self.tenant, self._first_token_s, cached_tokens=chunk.cached_tokens)
-        elif count:
-            self._metrics.inter_token(self.tenant, now - self._last, tokens=count)
-        self._last = now
-        self._tokens += count
-        self._metrics.tokens_generated(self.tenant, count)
-        self._finish = chunk.finish_reason or self._finish
-
-    def end(self, *, prompt_tokens: int) -> Ended:
+    def end(self) -> Ended:
         """The last event of the call."""
         return Ended(
-            finish_reason=self._finish,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=self._tokens,
+            finish_reasons=tuple(counts.finish for counts in self._counts),
+            prompt_tokens=len(self._prompt_ids),
+            completion_tokens=sum(counts.tokens for counts in self._counts),
             cached_tokens=self._cached_tokens,
-            adapter_s=self._adapter_s,
+            adapter_s=self._account.adapter_s,
             first_token_s=self._first_token_s,
-            total_s=self.total_s,
+            total_s=self._account.total_s,
         )
 
+    async def _begin(self, place: Place) -> None:
+        """Say who answers, when the first completion has its place."""
+        async with self._sending:
+            if not self._begun:
+                self._begun = True
+                await self._send(place.started)
 
-async def _encode(engine: Engine, prompt: Prompt) -> list[int]:
-    if prompt.token_ids is not None:
-        check_token_ids(prompt.token_ids, vocab_size=engine.vocab_size)
-        return list(prompt.token_ids)
-    if prompt.chat is not None:
-        return await engine.encode_chat(prompt.chat)
-    ids = await engine.encode_text(prompt.text or "")
-    if not ids:
-        raise InvalidRequestError("text", "has no tokens")
-    return ids
+    def _request(self, index: int, place: Place) -> EngineRequest:
+        seed = self._sampling.seed
+        return EngineRequest(
+            request_id=f"{self._wanted.request_id or 'request'}-{current_call().id}-{index}",
+            prompt_ids=self._prompt_ids,
+            # Each draws for itself, and as a call of its own with that seed would.
+            sampling=self._sampling if seed is None else replace(self._sampling, seed=seed + index),
+            adapter=place.adapter,
+            cache_salt=self._admission.salt(self._account),
+        )
+
+    def _count(self, index: int, chunk: EngineChunk, now: float) -> None:
+        """A chunk came from the engine."""
+        account, counts, tokens = self._account, self._counts[index], len(chunk.token_ids)
+        if tokens and not any(each.tokens for each in self._counts):
+            self._first_token_s = now - account.arrived
+            self._cached_tokens = chunk.cached_tokens
+            account.metrics.first_token(
+                account.tenant, self._first_token_s, cached_tokens=chunk.cached_tokens
+            )
+        elif tokens and counts.tokens:
+            account.metrics.inter_token(account.tenant, now - counts.last, tokens=tokens)
+        account.last = counts.last = now
+        counts.tokens += tokens
+        account.metrics.tokens_generated(account.tenant, tokens)
+        counts.finish = chunk.finish_reason or counts.finish
 
 
-def _started(
-    backend: Backend, wanted: GenerateCall, version: AdapterVersion | None, lease: Lease | None
-) -> Started:
-    return Started(
-        request_id=wanted.request_id or current_call().id,
-        base_model=backend.model_name,
-        base_digest=backend.engine.base.digest,
-        adapter=version.name if version else "",
-        adapter_digest=version.digest if version else "",
-        adapter_was_resident=lease.was_resident if lease else False,
-    )
+class _Counts:
+    """What was generated for one completion."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.last = 0.0
+        self.finish = ""

@@ -40,7 +40,7 @@ class Metrics:
         tenant = ("tenant",)
         self._requests = Counter(
             "loraplex_requests",
-            "Generate calls by their one outcome.",
+            "Generate and Embed calls by their one outcome.",
             (*tenant, "outcome"),
             registry=registry,
         )
@@ -48,8 +48,16 @@ class Metrics:
             "loraplex_failures", "Calls of any method that ended in an error, by reason.",
             ("method", "reason"), registry=registry,
         )  # fmt: skip
+        self._repeated = Counter(
+            "loraplex_requests_repeated",
+            "Generate calls with the request id of another: joined while it ran, replayed, or refused.",
+            ("result",),
+            registry=registry,
+        )
         self._in_flight = Gauge(
-            "loraplex_requests_in_flight", "Generate calls accepted and not yet ended.", registry=registry
+            "loraplex_requests_in_flight",
+            "Generate and Embed calls accepted and not yet ended.",
+            registry=registry,
         )
         self._prompt_tokens = Counter(
             "loraplex_prompt_tokens", "Tokens of prompts.", tenant, registry=registry
@@ -116,6 +124,10 @@ class Metrics:
         """It ended in exactly one of `OUTCOMES`."""
         self._in_flight.dec()
         self._requests.labels(self._label(tenant), outcome).inc()
+
+    def request_repeated(self, how: str) -> None:
+        """See `replays.ReplayEvents`."""
+        self._repeated.labels(how).inc()
 
     def call_failed(self, method: str, reason: str) -> None:
         """A call of any method ended in an error status."""

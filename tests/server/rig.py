@@ -68,7 +68,7 @@ async def running(
         (shop.root / "keys.toml").write_text(keys)
         document["auth"] = {"keys": "keys.toml"}
     config = parse_config(document, origin=shop.root / "server.toml")
-    engine = SimEngine(shop.base, slots=config.adapters.slots)
+    engine = SimEngine(shop.base, slots=config.adapters.slots, task=config.model.task)
     counts = CollectorRegistry()
     app = App(config, engine=engine, metrics=Metrics(tenants_max=8, registry=counts))
     await app.start()
