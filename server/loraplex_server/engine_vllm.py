@@ -27,6 +27,7 @@ from loraplex_server.engine import (
     EngineEmbedRequest,
     EngineRequest,
     Form,
+    Sampling,
 )
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from loraplex_server.form_trials import FormTrials, sandbox_command
@@ -105,6 +106,17 @@ class VllmEngine:
         await self._start_vllm(served)
         await self._refuse_wrong_lora()
         self._trials = FormTrials(sandbox_command(directory, self._vocab_size))
+        if self.task == "generate":
+            await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """Have vLLM make now what it would make within a step, when log-probabilities are first asked for."""
+        sampling = Sampling(max_tokens=1, temperature=0, logprobs=1)
+        request = EngineRequest(
+            request_id="warm-up", prompt_ids=(0,), sampling=sampling, adapter=None, cache_salt="warm-up"
+        )
+        async for _ in self.generate(request):
+            pass
 
     async def _start_vllm(self, directory: Path) -> None:
         _set_environment(self._config)

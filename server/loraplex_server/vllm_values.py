@@ -71,12 +71,13 @@ def refuse_unsupported(form: Form, *, field: str) -> None:
     Raises:
         InvalidRequestError: names the field.
     """
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
     try:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=structured_outputs(form)))
-    except ValueError as error:
+    except (VLLMClientError, ValueError) as error:
         raise InvalidRequestError(field, str(error)) from None
 
 

@@ -36,7 +36,7 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the guard of grammars in this process, and on CPU the grouped LoRA wrapper.
+    """Install the guard of grammars in this process; on CPU also the grouped LoRA wrapper and plain ranking.
 
     Calling it again is harmless.
 
@@ -53,7 +53,10 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        from loraplex_server.vllm_plugin.sampling import rank_uncompiled
+
         install(type(current_platform))
+        rank_uncompiled()
 
 
 def _guard_grammars() -> None:
