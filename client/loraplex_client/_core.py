@@ -1,6 +1,10 @@
 """What the sync and the async client share: building requests, reading replies, naming errors. No I/O."""
 
-from collections.abc import Iterable
+import json
+import random
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,28 @@ from loraplex_client import errors
 from loraplex_client.types import (
     AdapterCheck,
     AdapterInfo,
+    Candidate,
     ChatMessage,
+    Choice,
     Completion,
     ConnectionSettings,
     Delta,
+    Embedding,
+    Form,
+    Grammar,
     Header,
+    JsonSchema,
     LoadProgress,
+    OneOf,
     Prompt,
+    Regex,
     RolloutArm,
     Sampling,
     Timings,
     Tls,
     TokenIds,
+    TokenLogprobs,
+    Tokens,
     Usage,
     Validation,
 )
@@ -42,6 +56,8 @@ _ERROR_OF_REASON: dict[str, type[errors.LoraplexError]] = {
     "SIGNATURE_INVALID": errors.AdapterRefusedError,
     "DIGEST_MISMATCH": errors.AdapterRefusedError,
     "BASE_MISMATCH": errors.AdapterRefusedError,
+    "UNSUPPORTED_BY_BASE": errors.UnsupportedByBaseError,
+    "REQUEST_ID_REUSED": errors.RequestIdReusedError,
     "UNSUPPORTED_ADAPTER": errors.AdapterRefusedError,
     "RANK_TOO_LARGE": errors.AdapterRefusedError,
     "REVOKED": errors.AdapterRefusedError,
@@ -68,6 +84,34 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.LoraplexError]] = {
 }
 
 _FINISH = {gpb.FINISH_REASON_STOP: "stop", gpb.FINISH_REASON_LENGTH: "length"}
+
+
+RETRY_S = 0.25
+"""Seconds before the first retry, at most; twice as long before each further one."""
+
+
+def new_request_id() -> str:
+    """Return an id that no other call has."""
+    return secrets.token_hex(16)
+
+
+def retry_wait_s(
+    error: errors.LoraplexError, *, tried: int, retries: int, remaining_s: float
+) -> float | None:
+    """Say how long to wait before trying a call again, in seconds; None when it is not to be tried again.
+
+    Args:
+        error: why it failed.
+        tried: tries so far.
+        retries: tries allowed after the first.
+        remaining_s: what is left of the call's time.
+    """
+    if not error.retryable or tried > retries:
+        return None
+    # Random, so that callers who were refused together do not come back together.
+    backoff_s = RETRY_S * 2 ** (tried - 1) * (0.5 + random.random() / 2)  # noqa: S311  (no secret)
+    wait_s = max(backoff_s, error.retry_after_s or 0.0)
+    return wait_s if wait_s < remaining_s else None
 
 
 def call_metadata(settings: ConnectionSettings) -> tuple[tuple[str, str], ...]:
@@ -105,26 +149,68 @@ def generate_request(
     Raises:
         InvalidRequestError: a value that does not even fit its wire type.
     """
-    try:
+    with _fitting():
         request = gpb.GenerateRequest(
             adapter=adapter, request_id=request_id, priority=priority, session=session
         )
-        if isinstance(prompt, str):
-            request.text = prompt
-        elif isinstance(prompt, TokenIds):
-            request.token_ids.ids.extend(prompt.ids)
-        else:
-            request.chat.messages.extend(gpb.ChatMessage(role=m.role, content=m.content) for m in prompt)
+        _fill_prompt(request, prompt)
         for name, value in vars(sampling).items():
-            if isinstance(value, tuple):
+            if name == "form":
+                _fill_form(request.sampling.structured_output, value)
+            elif isinstance(value, tuple):
                 getattr(request.sampling, name).extend(value)
             elif value is not None:
                 setattr(request.sampling, name, value)
+    return request
+
+
+def tokenize_request(prompt: str | Iterable[ChatMessage]) -> gpb.TokenizeRequest:
+    """Build the wire request; raises as `generate_request`."""
+    with _fitting():
+        request = gpb.TokenizeRequest()
+        _fill_prompt(request, prompt)
+    return request
+
+
+def embed_request(prompt: str | TokenIds, *, adapter: str) -> gpb.EmbedRequest:
+    """Build the wire request; raises as `generate_request`."""
+    with _fitting():
+        request = gpb.EmbedRequest(adapter=adapter)
+        _fill_prompt(request, prompt)
+    return request
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError, AttributeError) as error:
         raise errors.InvalidRequestError(
             f"the request cannot be sent: {error}", code="INVALID_ARGUMENT"
         ) from error
-    return request
+
+
+def _fill_prompt(request: Any, prompt: Prompt | Iterable[ChatMessage]) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif isinstance(prompt, TokenIds):
+        request.token_ids.ids.extend(prompt.ids)
+    else:
+        request.chat.messages.extend(gpb.ChatMessage(role=m.role, content=m.content) for m in prompt)
+
+
+def _fill_form(output: gpb.StructuredOutput, form: Form | None) -> None:
+    if isinstance(form, JsonSchema):
+        output.json_schema = form.schema if isinstance(form.schema, str) else json.dumps(form.schema)
+    elif isinstance(form, Regex):
+        output.regex = form.pattern
+    elif isinstance(form, Grammar):
+        output.grammar = form.ebnf
+    elif isinstance(form, OneOf):
+        output.choice.SetInParent()
+        output.choice.texts.extend(form.texts)
+    elif form is not None:
+        raise TypeError(f"{form!r} is no form of an answer")
 
 
 class Collector:
@@ -133,8 +219,7 @@ class Collector:
     def __init__(self) -> None:
         self.header: Header | None = None
         self.completion: Completion | None = None
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
+        self._deltas: dict[int, list[Delta]] = {}
 
     def read(self, message: gpb.GenerateResponse) -> Delta | None:
         """Take one message; gives the delta when it is one."""
@@ -144,9 +229,8 @@ class Collector:
         elif event == "end":
             self.completion = self._complete(message.end)
         elif event == "delta":
-            delta = Delta(text=message.delta.text, token_ids=tuple(message.delta.token_ids))
-            self._texts.append(delta.text)
-            self._token_ids.extend(delta.token_ids)
+            delta = _delta_of(message.delta)
+            self._deltas.setdefault(delta.index, []).append(delta)
             return delta
         return None
 
@@ -163,23 +247,63 @@ class Collector:
     def _complete(self, end: gpb.GenerationEnd) -> Completion:
         if self.header is None:
             raise errors.ServerFaultError("the server sent the end before the header")
-        usage, timings = end.usage, end.timings
+        reasons = end.finish_reasons or [end.finish_reason]  # a server of before there were several has one
+        choices = tuple(self._choice(index, reason) for index, reason in enumerate(reasons))
         return Completion(
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            finish_reason=_FINISH.get(end.finish_reason, "unknown"),
-            usage=Usage(
-                prompt_tokens=usage.prompt_tokens,
-                completion_tokens=usage.completion_tokens,
-                cached_tokens=usage.cached_tokens,
-            ),
-            timings=Timings(
-                adapter_s=timings.adapter_s,
-                first_token_s=timings.first_token_s,
-                total_s=timings.total_s,
-            ),
+            text=choices[0].text,
+            token_ids=choices[0].token_ids,
+            finish_reason=choices[0].finish_reason,
+            choices=choices,
+            usage=_usage_of(end.usage),
+            timings=_timings_of(end.timings),
             header=self.header,
         )
+
+    def _choice(self, index: int, reason: gpb.FinishReason.ValueType) -> Choice:
+        deltas = self._deltas.get(index, [])
+        return Choice(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            finish_reason=_FINISH.get(reason, "unknown"),
+            logprobs=tuple(position for delta in deltas for position in delta.logprobs),
+        )
+
+
+def _delta_of(delta: gpb.GenerationDelta) -> Delta:
+    logprobs = tuple(
+        TokenLogprobs(
+            each.text, each.logprob, tuple(Candidate(c.token_id, c.text, c.logprob) for c in each.top)
+        )
+        for each in delta.logprobs
+    )
+    return Delta(delta.text, tuple(delta.token_ids), delta.index, logprobs)
+
+
+def _usage_of(usage: gpb.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def _timings_of(timings: gpb.Timings) -> Timings:
+    return Timings(adapter_s=timings.adapter_s, first_token_s=timings.first_token_s, total_s=timings.total_s)
+
+
+def embedding_of(message: gpb.EmbedResponse) -> Embedding:
+    """Turn the wire vector into ours."""
+    return Embedding(
+        vector=tuple(message.embedding),
+        usage=_usage_of(message.usage),
+        timings=_timings_of(message.timings),
+        header=header_of(message.header),
+    )
+
+
+def tokens_of(message: gpb.TokenizeResponse) -> Tokens:
+    """Turn the wire tokens into ours."""
+    return Tokens(tuple(message.token_ids), message.context_tokens)
 
 
 def header_of(header: gpb.GenerationHeader) -> Header:

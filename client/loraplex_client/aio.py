@@ -4,6 +4,8 @@ async with AsyncClient("127.0.0.1:8470") as client:
     print((await client.generate("Hello", adapter="acme/orders@prod")).text)
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,18 +14,22 @@ from typing import Any, Self
 import grpc
 
 from loraplex_client import _core
+from loraplex_client.errors import LoraplexError
 from loraplex_client.types import (
     AdapterInfo,
     ChatMessage,
     Completion,
     ConnectionSettings,
     Delta,
+    Embedding,
     Header,
     LoadProgress,
     Prompt,
     RolloutArm,
     Sampling,
     Tls,
+    TokenIds,
+    Tokens,
     Validation,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
@@ -73,14 +79,22 @@ class AsyncClient:
     """See `client.Client`."""
 
     def __init__(
-        self, target: str, *, api_key: str | None = None, timeout_s: float = 120.0, tls: Tls | None = None
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        tls: Tls | None = None,
+        retries: int = 0,
     ) -> None:
         """Args as in `ConnectionSettings`; nothing is sent before the first call.
 
         Raises:
             OSError: a file of `tls` cannot be read.
         """
-        self._settings = ConnectionSettings(target=target, api_key=api_key, timeout_s=timeout_s, tls=tls)
+        self._settings = ConnectionSettings(
+            target=target, api_key=api_key, timeout_s=timeout_s, tls=tls, retries=retries
+        )
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target)
         else:
@@ -122,18 +136,48 @@ class AsyncClient:
         session: str = "",
     ) -> Completion:
         """See `Client.generate`."""
-        async with self.stream(
-            prompt,
-            adapter=adapter,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            priority=priority,
-            session=session,
-        ) as stream:
-            async for _ in stream:
-                pass
-            return stream.completion
+        retries = self._settings.retries
+        end = time.monotonic() + (self._settings.timeout_s if timeout_s is None else timeout_s)
+        request_id = request_id or (_core.new_request_id() if retries else "")
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                async with self.stream(
+                    prompt,
+                    adapter=adapter,
+                    sampling=sampling,
+                    timeout_s=end - time.monotonic(),
+                    request_id=request_id,
+                    priority=priority,
+                    session=session,
+                ) as stream:
+                    async for _ in stream:
+                        pass
+                    return stream.completion
+            except LoraplexError as error:
+                wait_s = _core.retry_wait_s(
+                    error, tried=tried, retries=retries, remaining_s=end - time.monotonic()
+                )
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+
+    async def tokenize(
+        self, prompt: str | Iterable[ChatMessage], *, timeout_s: float | None = None
+    ) -> Tokens:
+        """See `Client.tokenize`."""
+        with _named_errors():
+            request = _core.tokenize_request(prompt)
+            return _core.tokens_of(await self._generation.Tokenize(request, **self._options(timeout_s)))
+
+    async def embed(
+        self, prompt: str | TokenIds, *, adapter: str = "", timeout_s: float | None = None
+    ) -> Embedding:
+        """See `Client.embed`."""
+        with _named_errors():
+            request = _core.embed_request(prompt, adapter=adapter)
+            return _core.embedding_of(await self._generation.Embed(request, **self._options(timeout_s)))
 
     async def list_adapters(self, *, timeout_s: float | None = None) -> AsyncIterator[AdapterInfo]:
         """See `Client.list_adapters`."""

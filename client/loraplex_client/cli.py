@@ -11,10 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
 
 from loraplex_client.client import Client
 from loraplex_client.errors import LoraplexError
-from loraplex_client.types import ChatMessage, Prompt, Sampling, Tls
+from loraplex_client.types import (
+    ChatMessage,
+    Completion,
+    Form,
+    JsonSchema,
+    OneOf,
+    Prompt,
+    Regex,
+    Sampling,
+    Tls,
+)
 
 GROUP = "loraplex.commands"
 SUMMARIES = {
@@ -77,8 +88,8 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     """`loraplex generate`: exit status 0, or 1 with one line saying why not."""
     options = _generate_parser().parse_args(arguments)
     prompt: Prompt = options.prompt if options.raw else (ChatMessage("user", options.prompt),)
-    sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
     try:
+        sampling = _sampling(options)
         with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY"), tls=_tls(options)) as client:
             stream = client.stream(
                 prompt,
@@ -86,11 +97,13 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
                 sampling=sampling,
                 timeout_s=options.timeout,
                 session=options.session,
+                request_id=options.request_id,
             )
+            one = not options.json and (options.n or 1) == 1
             for piece in stream:
-                if not options.json:
+                if one:
                     print(piece.text, end="", flush=True)
-            print(json.dumps(asdict(stream.completion)) if options.json else "")
+            print("" if one else _told(stream.completion, as_json=options.json))
     except LoraplexError as error:
         print(f"loraplex generate: {error}" + (f" [{error.code}]" if error.code else ""), file=sys.stderr)
         return 1
@@ -100,6 +113,31 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    """Read how tokens are chosen; raises OSError for a schema that cannot be read."""
+    form: Form | None = None
+    if options.json_schema:
+        form = JsonSchema(Path(options.json_schema).read_text(encoding="utf-8", errors="replace"))
+    elif options.regex is not None:
+        form = Regex(options.regex)
+    elif options.choice:
+        form = OneOf(tuple(options.choice))
+    return Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        n=options.n,
+        logprobs=options.logprobs,
+        form=form,
+    )
+
+
+def _told(completion: Completion, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(asdict(completion))
+    return "\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(completion.choices))
 
 
 def _tls(options: argparse.Namespace) -> Tls | None:
@@ -127,6 +165,17 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--session", default="", help="calls of one session get the same tag of a split")
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("-n", type=int, help="completions of the prompt, 1 to 16")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --json: of each token and of the K likeliest"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that this schema describes")
+    form.add_argument("--regex", help="the answer matches this regular expression")
+    form.add_argument(
+        "--choice", action="append", metavar="TEXT", help="the answer is one of these; repeat it"
+    )
+    parser.add_argument("--request-id", default="", help="the same id and content again get the same answer")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the whole call")
     parser.add_argument("--json", action="store_true", help="print the whole completion as one JSON object")
     return parser

@@ -4,6 +4,7 @@ with Client("127.0.0.1:8470") as client:
     print(client.generate("Hello", adapter="acme/orders@prod").text)
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,18 +13,22 @@ from typing import Any, Self
 import grpc
 
 from loraplex_client import _core
+from loraplex_client.errors import LoraplexError
 from loraplex_client.types import (
     AdapterInfo,
     ChatMessage,
     Completion,
     ConnectionSettings,
     Delta,
+    Embedding,
     Header,
     LoadProgress,
     Prompt,
     RolloutArm,
     Sampling,
     Tls,
+    TokenIds,
+    Tokens,
     Validation,
 )
 from loraplex_protos.v1 import adapters_pb2 as apb
@@ -76,14 +81,22 @@ class Client:
     """Calls a loraplex server. Every method raises the errors of `loraplex_client.errors`."""
 
     def __init__(
-        self, target: str, *, api_key: str | None = None, timeout_s: float = 120.0, tls: Tls | None = None
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        tls: Tls | None = None,
+        retries: int = 0,
     ) -> None:
         """Args as in `ConnectionSettings`; nothing is sent before the first call.
 
         Raises:
             OSError: a file of `tls` cannot be read.
         """
-        self._settings = ConnectionSettings(target=target, api_key=api_key, timeout_s=timeout_s, tls=tls)
+        self._settings = ConnectionSettings(
+            target=target, api_key=api_key, timeout_s=timeout_s, tls=tls, retries=retries
+        )
         if tls is None:
             self._channel = grpc.insecure_channel(target)
         else:
@@ -110,7 +123,8 @@ class Client:
                 "" for the base model.
             sampling: how tokens are chosen.
             timeout_s: for the whole call.
-            request_id: to find the call in the server's log.
+            request_id: to find the call in the server's log; a second call with the same id and content gets the
+                same answer, while the first runs and for a while after.
             priority: greater goes first among the tenant's own waiting calls, -100 to 100.
             session: where calls are split between tags, calls with the same session get the same one.
         """
@@ -135,19 +149,47 @@ class Client:
         priority: int = 0,
         session: str = "",
     ) -> Completion:
-        """Generate a whole answer; arguments as `stream`."""
-        with self.stream(
-            prompt,
-            adapter=adapter,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            priority=priority,
-            session=session,
-        ) as stream:
-            for _ in stream:
-                pass
-            return stream.completion
+        """Generate a whole answer; arguments as `stream`. Tries again as `ConnectionSettings.retries` says."""
+        retries = self._settings.retries
+        end = time.monotonic() + (self._settings.timeout_s if timeout_s is None else timeout_s)
+        request_id = request_id or (_core.new_request_id() if retries else "")
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                with self.stream(
+                    prompt,
+                    adapter=adapter,
+                    sampling=sampling,
+                    timeout_s=end - time.monotonic(),
+                    request_id=request_id,
+                    priority=priority,
+                    session=session,
+                ) as stream:
+                    for _ in stream:
+                        pass
+                    return stream.completion
+            except LoraplexError as error:
+                wait_s = _core.retry_wait_s(
+                    error, tried=tried, retries=retries, remaining_s=end - time.monotonic()
+                )
+                if wait_s is None:
+                    raise
+            time.sleep(wait_s)
+
+    def tokenize(self, prompt: str | Iterable[ChatMessage], *, timeout_s: float | None = None) -> Tokens:
+        """The token ids that `generate` would see for a prompt."""
+        with _named_errors():
+            request = _core.tokenize_request(prompt)
+            return _core.tokens_of(self._generation.Tokenize(request, **self._options(timeout_s)))
+
+    def embed(
+        self, prompt: str | TokenIds, *, adapter: str = "", timeout_s: float | None = None
+    ) -> Embedding:
+        """The vector of a prompt, from a server whose base model is served for that."""
+        with _named_errors():
+            request = _core.embed_request(prompt, adapter=adapter)
+            return _core.embedding_of(self._generation.Embed(request, **self._options(timeout_s)))
 
     def list_adapters(self, *, timeout_s: float | None = None) -> Iterator[AdapterInfo]:
         """This key's adapters that are on the server, sorted by name; pages are fetched as needed."""

@@ -3,7 +3,9 @@
 LoraplexError                    .code (the server's reason), .retryable, .retry_after_s, .metadata
 ├── the caller must act
 │   ├── InvalidRequestError      a field is missing, malformed or out of range; .fields says which
-│   │   └── ContextTooLongError  prompt and answer do not fit the context
+│   │   ├── ContextTooLongError  prompt and answer do not fit the context
+│   │   └── RequestIdReusedError this request id stands for another call
+│   ├── UnsupportedByBaseError   text asked of a base that gives vectors, or the other way round
 │   ├── UnauthenticatedError     no API key, or an unknown one
 │   ├── PermissionDeniedError    this key may not do that
 │   └── AdapterNotFoundError     no such adapter for this key
@@ -53,6 +55,14 @@ class InvalidRequestError(LoraplexError):
 
 class ContextTooLongError(InvalidRequestError):
     """Prompt and answer do not fit the model's context."""
+
+
+class RequestIdReusedError(InvalidRequestError):
+    """This caller gave the same request id to another call, or to one whose answer is too long to be told twice."""
+
+
+class UnsupportedByBaseError(LoraplexError):
+    """The server's base model gives vectors and not text, or text and not vectors."""
 
 
 class UnauthenticatedError(LoraplexError):

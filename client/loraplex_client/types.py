@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,50 @@ class TokenIds:
 Prompt = str | tuple[ChatMessage, ...] | TokenIds
 
 
+@dataclass(frozen=True)
+class JsonSchema:
+    """The answer is JSON that this JSON Schema describes; a mapping, or its text."""
+
+    schema: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Regex:
+    """The answer as a whole matches this regular expression."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The answer is text of this grammar, in the EBNF of xgrammar; its first rule is `root`."""
+
+    ebnf: str
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The answer is one of these texts."""
+
+    texts: tuple[str, ...]
+
+
+# What an answer must look like.
+Form = JsonSchema | Regex | Grammar | OneOf
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. None leaves the server's default, named in generation.proto."""
+    """How tokens are chosen. None leaves the server's default, named in generation.proto.
+
+    Attributes:
+        n: completions of the same prompt; each counts as a call.
+        logprobs: log-probabilities of each token and of so many likeliest ones.
+        form: what the answer must look like.
+    """
 
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -39,6 +79,9 @@ class Sampling:
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    form: Form | None = None
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -58,11 +101,42 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that could have stood at a position; `text` may be part of a character."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one position; -9999 for a probability of 0.
+
+    Attributes:
+        text: of the token that stands there; may be part of a character.
+        logprob: of that token.
+        top: the likeliest ones, likeliest first.
+    """
+
+    text: str
+    logprob: float
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
 class Delta:
-    """One or more new tokens and the text they complete."""
+    """One or more new tokens and the text they complete.
+
+    Attributes:
+        index: which of the completions they belong to.
+        logprobs: one per token id, where they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +158,44 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A whole answer. `finish_reason` is "stop" or "length"."""
+class Choice:
+    """One of the completions of an answer. `finish_reason` is "stop" or "length"."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole answer. Its text, tokens and finish reason are those of the first choice; `usage` counts all."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
     header: Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """The vector of a prompt, of length 1 in the Euclidean norm."""
+
+    vector: tuple[float, ...]
+    usage: Usage
+    timings: Timings
+    header: Header
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the base model sees it, and how many tokens it takes of prompt and answer together."""
+
+    ids: tuple[int, ...]
+    context_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +306,8 @@ class ConnectionSettings:
         target: "host:port".
         api_key: sent with every call; None where the server asks for none. Never shown in repr.
         timeout_s: for calls that name none of their own.
+        retries: how often `generate` tries again within its time when the server is away or has no room. All tries
+            have one request id, so that the server generates once.
         tls: how the connection is encrypted; None for not at all.
         metadata: more metadata to send with every call.
     """
@@ -210,5 +315,6 @@ class ConnectionSettings:
     target: str
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 120.0
+    retries: int = 0
     tls: Tls | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from loraplex_registry.storage.s3_options import READING, S3Options, read_option
 from loraplex_server.errors import ConfigError
 
 ACCESS_LOGS = ("text", "json", "off")
+TASKS = ("generate", "embed")
 HANDOFFS = ("sealed", "directory")
 QUANTIZATIONS = ("nf4", "int8", "none")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -47,6 +48,7 @@ class ServerSettings:
     message_mib_max: int = 4  # one gRPC message
     access_log: str = "text"  # one line per call: text, json or off
     gateway_metrics: bool = True  # what routers of the Gateway API Inference Extension read
+    replay_s: float = 60.0  # an answer is told again to calls with the same request id; 0: only while it runs
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
 
@@ -56,6 +58,7 @@ class ModelSettings:
 
     path: str
     name: str = ""  # empty: the last part of `path`
+    task: str = "generate"  # or "embed": vectors instead of text
     quantization: str = "nf4"
     dtype: str = "bfloat16"
     context_tokens: int = 0  # 0: the model's own
@@ -313,7 +316,8 @@ def _s3_options(value: Any, *, where: str) -> S3Options:
 
 def _check(config: Config, origin: Path) -> None:
     model, adapters, limits = config.model, config.adapters, config.limits
-    one_of = [
+    one_of: list[tuple[str, str, tuple[str, ...]]] = [
+        ("model.task", model.task, TASKS),
         ("model.quantization", model.quantization, QUANTIZATIONS),
         ("model.dtype", model.dtype, DTYPES),
         ("adapters.handoff", adapters.handoff, HANDOFFS),
@@ -344,6 +348,7 @@ def _check(config: Config, origin: Path) -> None:
         ("server.engine_restarts_max", config.server.engine_restarts_max, 0, 100),
         ("server.engine_restarts_window_s", config.server.engine_restarts_window_s, 1, 86_400),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
+        ("server.replay_s", config.server.replay_s, 0, 3600),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),
         ("limits.tenant_running_max", limits.tenant_running_max, 0, 100_000),

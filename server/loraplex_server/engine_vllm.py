@@ -11,7 +11,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,27 @@ from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.checkpoint import checkpoint_directory
 from loraplex_server.config import Config
-from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest, Sampling
+from loraplex_server.engine import (
+    ChatTurn,
+    EngineAdapter,
+    EngineChunk,
+    EngineEmbedding,
+    EngineEmbedRequest,
+    EngineRequest,
+    Form,
+    Sampling,
+)
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from loraplex_server.form_trials import FormTrials, sandbox_command
 from loraplex_server.quantize import int8_checkpoint
 from loraplex_server.vllm_plugin import GROUPED_WRAPPER, WORKER_EXTENSION
+from loraplex_server.vllm_values import (
+    chunks,
+    embedding,
+    lora_request,
+    refuse_unsupported,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -42,6 +59,7 @@ class VllmEngine:
         self._starting: asyncio.Future[AsyncLLM] | None = None
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
+        self._trials: FormTrials | None = None
         # One thread: Hugging Face tokenizers are not to be shared between threads.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._context_tokens = 0
@@ -62,6 +80,11 @@ class VllmEngine:
     def vocab_size(self) -> int:
         """See `Engine.vocab_size`."""
         return self._vocab_size
+
+    @property
+    def task(self) -> str:
+        """See `Engine.task`."""
+        return self._config.model.task
 
     async def start(self) -> None:
         """Load the base model.
@@ -85,6 +108,18 @@ class VllmEngine:
             )
         await self._start_vllm(served)
         await self._refuse_wrong_lora()
+        self._trials = FormTrials(sandbox_command(directory, self._vocab_size))
+        if self.task == "generate":
+            await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """Have vLLM make now what it would make within a step, when log-probabilities are first asked for."""
+        sampling = Sampling(max_tokens=1, temperature=0, logprobs=1)
+        request = EngineRequest(
+            request_id="warm-up", prompt_ids=(0,), sampling=sampling, adapter=None, cache_salt="warm-up"
+        )
+        async for _ in self.generate(request):
+            pass
 
     async def _start_vllm(self, directory: Path) -> None:
         """Start vLLM on a thread: it takes tens of seconds, in which probes, refusals and signals go on."""
@@ -156,35 +191,49 @@ class VllmEngine:
         ids: list[int] = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return ids
 
+    async def check_form(self, form: Form, *, tenant: str) -> None:
+        """See `Engine.check_form`."""
+        assert self._trials is not None, "start() first"
+        field = f"sampling.structured_output.{form.kind}"
+        await self._trials.check(form, tenant=tenant, field=field)
+        refuse_unsupported(form, field=field)
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        outputs = self._vllm.generate(
-            {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
-            _sampling_params(request.sampling),
-            request.request_id,
-            lora_request=_lora_request(request.adapter) if request.adapter else None,
-        )
-        try:
+        with _named_errors():
+            outputs = self._vllm.generate(
+                {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
+                sampling_params(request.sampling),
+                request.request_id,
+                lora_request=lora_request(request.adapter) if request.adapter else None,
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    for chunk in _chunks(output):
+                    for chunk in chunks(output, request.sampling):
                         yield chunk
-        except EngineDeadError:
-            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
-        except VLLMClientError as error:
-            raise InvalidRequestError("sampling", str(error)) from None
-        except EngineGenerateError as error:
-            raise EngineUnavailableError("the engine failed this request", retry_after_s=1.0) from error
+
+    async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
+        """See `Engine.embed`."""
+        from vllm.pooling_params import PoolingParams
+
+        with _named_errors():
+            outputs = self._vllm.encode(
+                {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
+                PoolingParams(task="embed"),
+                request.request_id,
+                lora_request=lora_request(request.adapter) if request.adapter else None,
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    return embedding(output)
+        raise EngineUnavailableError("the engine gave no vector")
 
     async def load(self, adapter: EngineAdapter) -> None:
         """See `Engine.load`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            loaded = await self._vllm.add_lora(_lora_request(adapter))
+            loaded = await self._vllm.add_lora(lora_request(adapter))
         except EngineDeadError:
             raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
         except Exception as error:
@@ -218,6 +267,8 @@ class VllmEngine:
 
     async def close(self) -> None:
         """See `Engine.close`."""
+        if self._trials is not None:
+            await self._trials.close()
         llm, self._llm = self._llm, None
         if llm is None and self._starting is not None:
             llm = await _ended(self._starting)
@@ -236,6 +287,22 @@ async def _ended(starting: "asyncio.Future[AsyncLLM]") -> "AsyncLLM | None":
             child.kill()
         await asyncio.wait([starting], timeout=START_POLL_S)
     return None if starting.cancelled() or starting.exception() is not None else starting.result()
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """Turn vLLM's errors about one request into ours."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except EngineDeadError:
+        raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+    except VLLMClientError as error:
+        raise InvalidRequestError("sampling", str(error)) from None
+    except EngineGenerateError as error:
+        raise EngineUnavailableError("the engine failed this request", retry_after_s=1.0) from error
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -277,6 +344,11 @@ def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[
         "max_lora_rank": config.engine_rank,
         "worker_extension_cls": WORKER_EXTENSION,
     }
+    if config.model.task == "embed":
+        arguments |= {"runner": "pooling", "convert": "embed"}
+    else:
+        # By name: left to itself vLLM keeps for good whatever library the first form happened to need.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar"}
     if not config.adapters.embeddings:
         # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
         arguments["lora_target_modules"] = inner_modules(base) or None
@@ -293,45 +365,3 @@ def inner_modules(base: BaseModel) -> list[str]:
     return sorted(
         {name.rpartition(".")[2] for name, shape in base.layers.items() if base.vocab_size not in shape}
     )
-
-
-def _lora_request(adapter: EngineAdapter) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path))
-
-
-def _sampling_params(sampling: Sampling) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        ignore_eos=sampling.ignore_eos,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _chunks(output: Any) -> list[EngineChunk]:
-    chunks = []
-    for part in output.outputs:
-        if part.finish_reason not in (None, "stop", "length"):
-            raise EngineUnavailableError(f"the engine ended this request: {part.finish_reason}")
-        chunks.append(
-            EngineChunk(
-                text=part.text,
-                token_ids=tuple(part.token_ids),
-                cached_tokens=output.num_cached_tokens or 0,
-                finish_reason=part.finish_reason,
-            )
-        )
-    return chunks

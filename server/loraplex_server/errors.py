@@ -6,6 +6,8 @@
     │   ├── InvalidRequestError      INVALID_ARGUMENT, names the field
     │   ├── ContextTooLongError      CONTEXT_TOO_LONG
     │   ├── UnauthenticatedError     UNAUTHENTICATED
+    │   ├── UnsupportedByBaseError   UNSUPPORTED_BY_BASE
+    │   ├── RequestIdReusedError     REQUEST_ID_REUSED
     │   ├── NotFoundError            ADAPTER_NOT_FOUND (also for forbidden: existence is hidden)
     │   └── ForbiddenError           POLICY_REFUSED (an action, never an adapter's existence)
     └── UnavailableError             nobody must act: try again
@@ -68,6 +70,18 @@ class ContextTooLongError(RequestError):
     """Prompt and answer do not fit the context."""
 
     code = "CONTEXT_TOO_LONG"
+
+
+class UnsupportedByBaseError(RequestError):
+    """The base model is not served for this: text is asked of one that gives vectors, or the other way round."""
+
+    code = "UNSUPPORTED_BY_BASE"
+
+
+class RequestIdReusedError(RequestError):
+    """The same caller used this request id for another call, or for one whose answer cannot be told twice."""
+
+    code = "REQUEST_ID_REUSED"
 
 
 class UnauthenticatedError(RequestError):

@@ -1,9 +1,10 @@
-"""OpenAI-compatible HTTP beside gRPC: `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`.
+"""OpenAI-compatible HTTP beside gRPC: `/v1/completions`, `/chat/completions`, `/embeddings`, `/models`, and `/health`.
 
 `model` is an adapter reference, `tenant/adapter[@tag]`, or the base model's name. Requests pass the same guard, the
 same scheduler and the same residency as gRPC calls; an API key or a token is the credential that OpenAI clients send.
-Every answer names the digests of base and adapter in headers. A caller that hangs up frees the engine within a step.
-aiohttp, because it lives in an event loop that others use as well, and cancels what a lost caller had asked for.
+Every answer names the digests of base and adapter in headers. A header `Idempotency-Key` is the request's id. A caller
+that hangs up frees the engine within a step. aiohttp, because it lives in an event loop that others use as well, and
+cancels what a lost caller had asked for.
 """
 
 import asyncio
@@ -17,25 +18,28 @@ from typing import Any, cast
 
 from aiohttp import web
 
+from loraplex_server.admission import Started
 from loraplex_server.calls import FailedCallError, Guard, current_call
-from loraplex_server.engine import EngineChunk
+from loraplex_server.embedding import Embedding
 from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
 from loraplex_server.gate import Gate
-from loraplex_server.generation import Ended, Event, Generation, Started
+from loraplex_server.generation import Ended, Event, Piece
 from loraplex_server.identity.authenticator import ALTERNATIVE_NAMES
 from loraplex_server.identity.principals import may_see
+from loraplex_server.openai_answers import HTTP_STATUS, Answer, embeddings, error_object
 from loraplex_server.openai_wire import (
-    HTTP_STATUS,
-    Answer,
     OpenAiRequest,
-    error_object,
+    parse_embeddings,
+    parse_idempotency_key,
     parse_json,
     parse_request,
 )
-from loraplex_server.requests import parse_generate
+from loraplex_server.replays import Replays
+from loraplex_server.requests import parse_embed, parse_generate
 from loraplex_server.status import Failure, failure
 
 GENERATE = "/loraplex.v1.GenerationService/Generate"
+EMBED = "/loraplex.v1.GenerationService/Embed"
 LIST = "/loraplex.v1.AdapterService/ListAdapters"
 HEADER_BYTES_MAX = 16 << 10  # of one line of a request's head
 
@@ -44,12 +48,20 @@ class HttpApi:
     """See the module. `start`, then `stop`; in the server's event loop."""
 
     def __init__(
-        self, guard: Guard, gate: Gate, generation: Generation, *, body_bytes_max: int, drain_s: float
+        self,
+        guard: Guard,
+        gate: Gate,
+        replays: Replays,
+        embedding: Embedding,
+        *,
+        body_bytes_max: int,
+        drain_s: float,
     ) -> None:
         """Listen to nothing yet; `drain_s` is given to running requests at the end."""
         self._guard = guard
         self._gate = gate
-        self._generation = generation
+        self._replays = replays
+        self._embedding = embedding
         app = web.Application(client_max_size=body_bytes_max, middlewares=[_plain_errors])
         app.add_routes(
             [
@@ -57,6 +69,7 @@ class HttpApi:
                 web.get("/v1/models", self._models),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat_completions),
+                web.post("/v1/embeddings", self._embeddings),
             ]
         )
         self._runner = web.AppRunner(
@@ -123,8 +136,10 @@ class HttpApi:
         async def work() -> web.StreamResponse:
             body = parse_json(await _body(request))
             wanted = parse_request(body, chat=chat, base_model=self._gate.backend.model_name)
+            wanted.message.request_id = parse_idempotency_key(request.headers.get("Idempotency-Key"))
             writer.wanted = wanted
-            await self._generation.run(
+            await self._replays.run(
+                wanted.message,
                 lambda backend: parse_generate(wanted.message, prompt_chars_max=backend.prompt_chars_max),
                 writer.send,
             )
@@ -134,6 +149,20 @@ class HttpApi:
             return cast("web.StreamResponse", await self._guarded(request, GENERATE, work))
         except FailedCallError as failed:
             return await writer.broken(failed.failure) if writer.begun else _refusal(failed)
+
+    async def _embeddings(self, request: web.Request) -> web.StreamResponse:
+        async def work() -> web.StreamResponse:
+            body = parse_json(await _body(request))
+            wanted = parse_embeddings(body, base_model=self._gate.backend.model_name)
+            embedded = await self._embedding.run(
+                lambda backend: parse_embed(wanted.messages, prompt_chars_max=backend.prompt_chars_max)
+            )
+            return web.json_response(embeddings(wanted, embedded), headers=_headers(embedded.started))
+
+        try:
+            return cast("web.StreamResponse", await self._guarded(request, EMBED, work))
+        except FailedCallError as failed:
+            return _refusal(failed)
 
     async def _guarded(self, request: web.Request, method: str, work: Callable[[], Awaitable[Any]]) -> Any:
         return await self._guard.run(
@@ -175,10 +204,10 @@ class _Writer:
             await self._begin(event, self.wanted)
             return
         assert self._answer is not None
-        if isinstance(event, EngineChunk):
-            piece = self._answer.add(event)
+        if isinstance(event, Piece):
+            pieces = self._answer.add(event)
             if self.wanted.stream:
-                await self._write(piece)
+                await self._write(*pieces)
         elif self.wanted.stream:
             await self._end(self._answer, event)
         else:
@@ -199,14 +228,8 @@ class _Writer:
         return self._response
 
     async def _begin(self, started: Started, wanted: OpenAiRequest) -> None:
-        self._headers = {
-            "x-request-id": current_call().id,
-            "x-loraplex-base-digest": started.base_digest,
-            "x-loraplex-adapter": started.adapter,
-            "x-loraplex-adapter-digest": started.adapter_digest,
-            "x-loraplex-adapter-tag": started.adapter_tag,
-        }
-        self._answer = Answer(wanted, started, call_id=current_call().id, created=int(time.time()))
+        self._headers = _headers(started)
+        self._answer = Answer(wanted, started, created=int(time.time()))
         if not wanted.stream:
             return
         self._response = web.StreamResponse(
@@ -215,15 +238,25 @@ class _Writer:
         await self._response.prepare(self._http)
 
     async def _end(self, answer: Answer, ended: Ended) -> None:
-        for piece in answer.last(ended):
-            await self._write(piece)
+        await self._write(*answer.last(ended))
         assert self._response is not None
         await self._response.write(b"data: [DONE]\n\n")
         await self._response.write_eof()
 
-    async def _write(self, piece: dict[str, Any]) -> None:
+    async def _write(self, *pieces: dict[str, Any]) -> None:
         assert self._response is not None
-        await self._response.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+        for piece in pieces:
+            await self._response.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+
+
+def _headers(started: Started) -> dict[str, str]:
+    return {
+        "x-request-id": current_call().id,
+        "x-loraplex-base-digest": started.base_digest,
+        "x-loraplex-adapter": started.adapter,
+        "x-loraplex-adapter-digest": started.adapter_digest,
+        "x-loraplex-adapter-tag": started.adapter_tag,
+    }
 
 
 async def _body(request: web.Request) -> bytes:

@@ -1,22 +1,20 @@
-"""OpenAI's JSON to our wire messages and back. Pure: no network, no clock but the one given.
+"""OpenAI's JSON of requests to our wire messages. Pure.
 
-https://platform.openai.com/docs/api-reference/completions and `/chat`. What this server cannot do is refused by name
-instead of being passed over in silence; fields that only tell (`metadata`, `store`) are accepted and not used.
-Beyond OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos and priority, as in vLLM, and
-session, which is `user` where it is absent.
+https://platform.openai.com/docs/api-reference/completions, `/chat` and `/embeddings`. What this server cannot do is
+refused by name instead of being passed over in silence; fields that only tell (`metadata`, `store`) are accepted and
+not used. Beyond OpenAI's fields: top_k, min_p, min_tokens, repetition_penalty, stop_token_ids, ignore_eos, priority and
+structured_outputs (json, regex, choice, grammar), as in vLLM, and session, which is `user` where it is absent.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from loraplex_protos.v1 import generation_pb2 as gpb
-from loraplex_server.engine import EngineChunk
 from loraplex_server.errors import InvalidRequestError
-from loraplex_server.generation import Ended, Started
 from loraplex_server.requests import SESSION_CHARS_MAX
-from loraplex_server.status import Failure
 
 _TELLING: Final = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key"})
 _SAMPLING: Final[Mapping[str, type]] = {
@@ -30,17 +28,20 @@ _SAMPLING: Final[Mapping[str, type]] = {
     "frequency_penalty": float,
     "repetition_penalty": float,
     "ignore_eos": bool,
+    "min_tokens": int,
+    "n": int,
 }
 _OURS: Final = frozenset(
-    {"model", "stream", "stream_options", "stop", "stop_token_ids", "priority", "session"}
+    {
+        *("model", "stream", "stream_options", "stop", "stop_token_ids", "priority", "session"),
+        *("logprobs", "response_format", "structured_outputs"),
+    }
 )
-_ONE_OR_NONE: Final = frozenset({"n", "best_of"})
+_ONE_OR_NONE: Final = frozenset({"best_of"})
+_IDEMPOTENCY_KEY: Final = re.compile(r'"([^"]*)"|([^"]*)')
+INPUTS_MAX: Final = 64
+"""Most texts of one request for vectors."""
 _UINT32_MAX: Final = 2**32 - 1
-
-HTTP_STATUS: Final[Mapping[int, int]] = {
-    3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 422, 10: 409, 12: 404, 13: 500, 14: 503, 16: 401,
-}  # fmt: skip
-"""Code of google.rpc.Code -> HTTP status."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class OpenAiRequest:
     chat: bool
     stream: bool
     usage_in_stream: bool
+
+    @property
+    def choices(self) -> int:
+        """Completions asked for."""
+        return self.message.sampling.n if self.message.sampling.HasField("n") else 1
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities were asked for."""
+        return self.message.sampling.HasField("logprobs")
+
+
+@dataclass(frozen=True)
+class EmbeddingsRequest:
+    """A request for vectors, translated: a message for each text; `base64` says how numbers are written."""
+
+    messages: tuple[gpb.EmbedRequest, ...]
+    model: str
+    base64: bool
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -85,7 +105,8 @@ def parse_request(value: Mapping[str, Any], *, chat: bool, base_model: str) -> O
     for field, item in renamed.items():
         if field in _ONE_OR_NONE and item in (None, 1):
             continue
-        if field not in _SAMPLING and field not in _OURS | _TELLING | {form} and item is not None:
+        known = field in _SAMPLING or field in _OURS | _TELLING | {form} or (chat and field == "top_logprobs")
+        if not known and item is not None:
             raise InvalidRequestError(field[:64], "is not supported here; leave it out")
     model = _text(renamed.get("model"), "model")
     message = gpb.GenerateRequest(adapter="" if model == base_model else model)
@@ -94,6 +115,8 @@ def parse_request(value: Mapping[str, Any], *, chat: bool, base_model: str) -> O
     else:
         _fill_prompt(message, renamed.get("prompt"))
     _fill_sampling(message, renamed)
+    _fill_logprobs(message.sampling, renamed, chat=chat)
+    _fill_form(message.sampling, renamed)
     stream = _typed(renamed.get("stream") or False, bool, "stream")
     options = renamed.get("stream_options") or {}
     if not isinstance(options, dict):
@@ -101,80 +124,45 @@ def parse_request(value: Mapping[str, Any], *, chat: bool, base_model: str) -> O
     return OpenAiRequest(message, model, chat, stream, stream and options.get("include_usage") is True)
 
 
-class Answer:
-    """Puts OpenAI's objects together from the events of one generation."""
-
-    def __init__(self, request: OpenAiRequest, started: Started, *, call_id: str, created: int) -> None:
-        """Begin; `created` is the time in seconds since 1970."""
-        kind = "chat.completion" if request.chat else "text_completion"
-        self._request = request
-        self._head = {
-            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{call_id}",
-            "object": f"{kind}.chunk" if request.stream and request.chat else kind,
-            "created": created,
-            "model": request.model,
-            "system_fingerprint": ":".join(
-                filter(None, (started.base_digest[:19], started.adapter_digest[:19]))
-            ),
-        }
-        self._texts: list[str] = []
-        self._first = True
-
-    def add(self, chunk: EngineChunk) -> dict[str, Any]:
-        """Take new tokens; return the object to stream for them."""
-        self._texts.append(chunk.text)
-        if not self._request.chat:
-            return self._piece({"text": chunk.text, "logprobs": None}, None)
-        role = {"role": "assistant"} if self._first else {}
-        self._first = False
-        return self._piece({"delta": {**role, "content": chunk.text}, "logprobs": None}, None)
-
-    def last(self, ended: Ended) -> list[dict[str, Any]]:
-        """Return the objects that end a stream."""
-        empty: dict[str, Any] = {"delta": {}} if self._request.chat else {"text": ""}
-        pieces = [self._piece({**empty, "logprobs": None}, ended.finish_reason)]
-        if self._request.usage_in_stream:
-            pieces.append({**self._head, "choices": [], "usage": _usage(ended)})
-        return pieces
-
-    def whole(self, ended: Ended) -> dict[str, Any]:
-        """Return the one object of an answer that is not streamed."""
-        text = "".join(self._texts)
-        said = {"message": {"role": "assistant", "content": text}} if self._request.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": ended.finish_reason}
-        return {**self._head, "choices": [choice], "usage": _usage(ended)}
-
-    def _piece(self, part: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {**self._head, "choices": [{"index": 0, **part, "finish_reason": finish_reason}]}
+def parse_embeddings(value: Mapping[str, Any], *, base_model: str) -> EmbeddingsRequest:
+    """Translate a request of `/v1/embeddings`; arguments and errors as of `parse_request`."""
+    for field, item in value.items():
+        if field not in _TELLING | {"model", "input", "encoding_format"} and item is not None:
+            raise InvalidRequestError(field[:64], "is not supported here; leave it out")
+    model = _text(value.get("model"), "model")
+    written = value.get("encoding_format") or "float"
+    if written not in ("float", "base64"):
+        raise InvalidRequestError("encoding_format", "must be float or base64")
+    inputs = value.get("input")
+    if not (isinstance(inputs, list) and inputs and isinstance(inputs[0], str | list)):
+        inputs = [inputs]
+    if len(inputs) > INPUTS_MAX:
+        raise InvalidRequestError("input", f"must hold at most {INPUTS_MAX} texts")
+    messages = [gpb.EmbedRequest(adapter="" if model == base_model else model) for _ in inputs]
+    for message, each in zip(messages, inputs, strict=True):
+        _fill_prompt(message, each, "input")
+    return EmbeddingsRequest(tuple(messages), model, written == "base64")
 
 
-def error_object(failure: Failure, *, field: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's error object; `code` is our reason."""
-    status = HTTP_STATUS[failure.code]
-    kind = (
-        "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
-    )
-    return {"error": {"message": failure.message, "type": kind, "param": field, "code": failure.reason}}
+def parse_idempotency_key(header: str | None) -> str:
+    """Return the request id in an `Idempotency-Key` header, with or without quotes; "" for none.
+
+    https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
+    """
+    found = _IDEMPOTENCY_KEY.fullmatch(header.strip()) if header else None
+    return (found[1] or found[2] or "") if found else header or ""
 
 
-def _usage(ended: Ended) -> dict[str, Any]:
-    return {
-        "prompt_tokens": ended.prompt_tokens,
-        "completion_tokens": ended.completion_tokens,
-        "total_tokens": ended.prompt_tokens + ended.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": ended.cached_tokens},
-    }
-
-
-def _fill_prompt(message: gpb.GenerateRequest, prompt: Any) -> None:
+def _fill_prompt(message: gpb.GenerateRequest | gpb.EmbedRequest, prompt: Any, field: str = "prompt") -> None:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        message.text = _text(prompt, "prompt")
+        message.text = _text(prompt, field)
     elif isinstance(prompt, list) and all(type(each) is int and 0 <= each <= _UINT32_MAX for each in prompt):
         message.token_ids.ids.extend(prompt)
+        message.token_ids.SetInParent()
     else:
-        raise InvalidRequestError("prompt", "must be one text or one list of token ids")
+        raise InvalidRequestError(field, "must be one text or one list of token ids")
 
 
 def _fill_chat(message: gpb.GenerateRequest, messages: Any) -> None:
@@ -220,6 +208,63 @@ def _fill_sampling(message: gpb.GenerateRequest, value: Mapping[str, Any]) -> No
         message.session = _text(value["session"], "session")
     elif isinstance(value.get("user"), str):
         message.session = _text(value["user"], "user")[:SESSION_CHARS_MAX]
+
+
+def _fill_logprobs(sampling: gpb.SamplingParams, value: Mapping[str, Any], *, chat: bool) -> None:
+    """Completions ask by a number, chats by a flag and a number."""
+    asked, top = value.get("logprobs"), value.get("top_logprobs")
+    if not chat:
+        if asked is not None:
+            _set(sampling, "logprobs", _typed(asked, int, "logprobs"))
+    elif asked is not None and _typed(asked, bool, "logprobs"):
+        _set(sampling, "logprobs", 0 if top is None else _typed(top, int, "top_logprobs"))
+    elif top is not None:
+        raise InvalidRequestError("top_logprobs", "needs logprobs to be true")
+
+
+def _fill_form(sampling: gpb.SamplingParams, value: Mapping[str, Any]) -> None:
+    wanted, forms = value.get("response_format"), value.get("structured_outputs")
+    if wanted is not None and forms is not None:
+        raise InvalidRequestError("structured_outputs", "cannot be combined with response_format")
+    if wanted is not None:
+        _fill_response_format(sampling, wanted)
+    if forms is not None:
+        _fill_structured_outputs(sampling.structured_output, forms)
+
+
+def _fill_response_format(sampling: gpb.SamplingParams, wanted: Any) -> None:
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "json_object":
+        sampling.structured_output.json_schema = '{"type":"object"}'
+    elif kind == "json_schema":
+        described = wanted.get("json_schema")
+        schema = described.get("schema") if isinstance(described, dict) else None
+        sampling.structured_output.json_schema = _dumped(schema, "response_format.json_schema.schema")
+    elif kind != "text":
+        raise InvalidRequestError("response_format.type", "must be text, json_object or json_schema")
+
+
+def _fill_structured_outputs(output: gpb.StructuredOutput, forms: Any) -> None:
+    given = {key: form for key, form in forms.items() if form is not None} if isinstance(forms, dict) else {}
+    kind = next(iter(given), "")
+    if len(given) != 1 or kind not in ("json", "regex", "choice", "grammar"):
+        raise InvalidRequestError("structured_outputs", "must hold one of json, regex, choice and grammar")
+    form, where = given[kind], f"structured_outputs.{kind}"
+    if kind == "json":
+        output.json_schema = _text(form, where) if isinstance(form, str) else _dumped(form, where)
+    elif kind == "choice":
+        output.choice.texts.extend(_text(text, where) for text in _list(form, where))
+    else:
+        setattr(output, kind, _text(form, where))
+
+
+def _dumped(schema: Any, where: str) -> str:
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(where, "must be a JSON object")
+    try:
+        return json.dumps(schema, separators=(",", ":"))
+    except RecursionError:
+        raise InvalidRequestError(where, "is nested too deeply") from None
 
 
 def _list(value: Any, field: str) -> list[Any]:

@@ -13,8 +13,10 @@ from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_server.adapter_service import AdapterService
+from loraplex_server.admission import Admission
 from loraplex_server.calls import Guard
 from loraplex_server.config import Config, split_address
+from loraplex_server.embedding import Embedding
 from loraplex_server.errors import ConfigError
 from loraplex_server.gate import Gate
 from loraplex_server.generation import Generation
@@ -24,6 +26,7 @@ from loraplex_server.http_api import HttpApi
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.interceptors import CallInterceptor
 from loraplex_server.metrics import Metrics
+from loraplex_server.replays import Replays
 from loraplex_server.tls import HttpTls, server_credentials
 
 SERVICES = (
@@ -49,7 +52,9 @@ class Ports:
         self._config = config
         self._gate = gate
         self._guard = guard
-        self._generation = Generation(gate, metrics)
+        admission = Admission(gate, metrics)
+        self._embedding = Embedding(admission)
+        self._replays = Replays(Generation(admission), gate, metrics, keep_s=config.server.replay_s)
         self._interceptor = CallInterceptor(guard, metrics)
         self.health = Health(gate, authenticator, SERVICES)
         self._grpc: Any = None
@@ -87,7 +92,7 @@ class Ports:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        generation = GenerationService(self._generation)
+        generation = GenerationService(self._gate, self._replays, self._embedding)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self._gate), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
@@ -108,7 +113,8 @@ class Ports:
         self._http = HttpApi(
             self._guard,
             self._gate,
-            self._generation,
+            self._replays,
+            self._embedding,
             body_bytes_max=self._config.message_bytes_max,
             drain_s=server.drain_s,
         )

@@ -83,7 +83,7 @@ async def running(
     engines: list[SimEngine] = []
 
     def make_engine() -> SimEngine:
-        engines.append(SimEngine(shop.base, slots=config.adapters.slots))
+        engines.append(SimEngine(shop.base, slots=config.adapters.slots, task=config.model.task))
         return engines[-1]
 
     counts = CollectorRegistry()

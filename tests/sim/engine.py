@@ -1,40 +1,82 @@
 """A deterministic engine with the server's own protocol, for schedules the real one is too slow for.
 
-Its tokens follow from (adapter name, prompt, position), so a test can tell who really answered. It can be told
-to be slow, to refuse, hang or lie about a load, and to die. Never shipped; the promises it helps to test are tested
-on the real engine too, in tests/e2e.
+Its tokens follow from (adapter name, prompt, position), and from the seed where sampling is not greedy, so a test can
+tell who really answered. Of structured output it writes choices, and empty objects for the schema of any object; it
+refuses every other form. Its log-probabilities are made up, in the order that real ones have. It can be told to be
+slow, to refuse, hang or lie about a load, and to die. Never shipped; the promises it helps to test are tested on the
+real engine too, in tests/e2e.
 """
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncGenerator
 
 from loraplex_registry.errors import UnsupportedAdapterError
 from loraplex_registry.validation.base import BaseModel
-from loraplex_server.engine import ChatTurn, EngineAdapter, EngineChunk, EngineRequest
-from loraplex_server.errors import EngineUnavailableError
+from loraplex_server.engine import (
+    Candidate,
+    ChatTurn,
+    EngineAdapter,
+    EngineChunk,
+    EngineEmbedding,
+    EngineEmbedRequest,
+    EngineRequest,
+    Form,
+    Sampling,
+    TokenLogprobs,
+)
+from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
 
 VOCAB = 1000
 BLOCK_TOKENS = 4  # of a prompt, kept in the prefix cache together
+DIMENSIONS = 8
+ANY_OBJECT = '{"type":"object"}'
 
 
-def answer(adapter_name: str, prompt_ids: tuple[int, ...], position: int) -> int:
-    """The token an adapter ("" for the base) gives at a position."""
-    text = f"{adapter_name}|{prompt_ids}|{position}"
+def answer(adapter_name: str, prompt_ids: tuple[int, ...], position: int, seed: int = 0) -> int:
+    """The token an adapter ("" for the base) gives at a position; `seed` is 0 for greedy sampling or none."""
+    text = f"{adapter_name}|{prompt_ids}|{position}" + (f"|{seed}" if seed else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % VOCAB
+
+
+def vector(adapter_name: str, prompt_ids: tuple[int, ...]) -> tuple[float, ...]:
+    """The embedding that an adapter gives a prompt."""
+    values = [answer(adapter_name, prompt_ids, position) + 1 for position in range(DIMENSIONS)]
+    return tuple(value / math.hypot(*values) for value in values)
+
+
+def seed_of(sampling: Sampling) -> int:
+    """What its choices depend on."""
+    return 0 if sampling.temperature == 0 else sampling.seed or 0
+
+
+def logprobs_of(token: int, asked: int | None) -> tuple[TokenLogprobs, ...]:
+    """The token is the likeliest; those that follow it come next."""
+    if asked is None:
+        return ()
+    top = [
+        Candidate((token + each) % VOCAB, f"{(token + each) % VOCAB} ", -0.5 - each) for each in range(asked)
+    ]
+    return (TokenLogprobs(f"{token} ", -0.5, tuple(top)),)
 
 
 class SimEngine:
     """See `loraplex_server.engine.Engine`; the public attributes are the orders a test gives."""
 
-    def __init__(self, base: BaseModel, *, slots: int, context_tokens: int = 64) -> None:
+    def __init__(
+        self, base: BaseModel, *, slots: int, context_tokens: int = 64, task: str = "generate"
+    ) -> None:
         self._base = base
+        self._task: str = task
         self._slots = slots
         self._context_tokens = context_tokens
         self.adapters: dict[int, EngineAdapter] = {}
         self.slot_ids_seen: list[int] = []
         self.requests: list[EngineRequest] = []
         self.prefixes: set[tuple[str, str, tuple[int, ...]]] = set()
+        self.embedded: list[EngineEmbedRequest] = []
+        self.forms: list[tuple[str, Form]] = []
         self.running = 0
         self.step_s = 0.0
         self.step_s_of: dict[str, float] = {}  # by the adapter's name
@@ -58,6 +100,10 @@ class SimEngine:
     def vocab_size(self) -> int:
         return VOCAB
 
+    @property
+    def task(self) -> str:
+        return self._task
+
     async def start(self) -> None:
         self._alive()
 
@@ -67,24 +113,32 @@ class SimEngine:
     async def encode_chat(self, turns: tuple[ChatTurn, ...]) -> list[int]:
         return [ord(letter) % VOCAB for turn in turns for letter in turn.content]
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+    async def check_form(self, form: Form, *, tenant: str) -> None:
         self._alive()
-        name = request.adapter.name if request.adapter else ""
-        if request.adapter is not None:
-            held = self.adapters.get(request.adapter.slot_id)
-            assert held is not None, "a request reached the engine before its adapter"
-            assert held.name == name
+        self.forms.append((tenant, form))
+        if form.kind != "choice" and form.text != ANY_OBJECT:
+            raise InvalidRequestError(
+                f"sampling.structured_output.{form.kind}", "is beyond this simulated engine"
+            )
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+        assert self._task == "generate", "the engine was asked for what it is not started for"
+        name = self._held(request.adapter)
         self.requests.append(request)
         cached = self._cached_tokens(request, name)
         self.running += 1
         try:
-            for position in range(request.sampling.max_tokens):
+            tokens = self._tokens(name, request)
+            for position, (token, text) in enumerate(tokens[: request.sampling.max_tokens]):
                 await asyncio.sleep(self.step_s_of.get(name, self.step_s))
                 await self.may_go_on.wait()
                 self._alive()
-                token = answer(name, request.prompt_ids, position)
-                last = position + 1 == request.sampling.max_tokens
-                yield EngineChunk(f"{token} ", (token,), cached, "length" if last else None)
+                finish = None
+                if position + 1 == min(len(tokens), request.sampling.max_tokens):
+                    finish = "stop" if position + 1 == len(tokens) else "length"
+                yield EngineChunk(
+                    text, (token,), cached, finish, logprobs_of(token, request.sampling.logprobs)
+                )
         finally:
             self.running -= 1
 
@@ -100,6 +154,41 @@ class SimEngine:
             cached = end if known else cached
             self.prefixes.add(key)
         return cached
+
+    def _tokens(self, name: str, request: EngineRequest) -> list[tuple[int, str]]:
+        """What is said before the end-of-sequence token: one more token than was asked for, where it never ends."""
+        sampling, ids = request.sampling, request.prompt_ids
+        if sampling.form is None:
+            numbers = [
+                answer(name, ids, position, seed_of(sampling)) for position in range(sampling.max_tokens + 1)
+            ]
+            return [(number, f"{number} ") for number in numbers]
+        choices = sampling.form.choices or ("{}",)
+        text = choices[answer(name, ids, 0, seed_of(sampling)) % len(choices)]
+        return [(ord(letter) % VOCAB, letter) for letter in text]
+
+    async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
+        assert self._task == "embed", "the engine was asked for what it is not started for"
+        name = self._held(request.adapter)
+        self.embedded.append(request)
+        self.running += 1
+        try:
+            await asyncio.sleep(self.step_s)
+            await self.may_go_on.wait()
+            self._alive()
+            return EngineEmbedding(vector(name, request.prompt_ids), 0)
+        finally:
+            self.running -= 1
+
+    def _held(self, adapter: EngineAdapter | None) -> str:
+        """The name of who answers, once it is sure that the engine has it."""
+        self._alive()
+        if adapter is None:
+            return ""
+        held = self.adapters.get(adapter.slot_id)
+        assert held is not None, "a request reached the engine before its adapter"
+        assert held.name == adapter.name
+        return adapter.name
 
     async def load(self, adapter: EngineAdapter) -> None:
         self._alive()

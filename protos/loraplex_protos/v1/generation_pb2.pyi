@@ -65,8 +65,9 @@ class GenerateRequest(google.protobuf.message.Message):
     """Raw text, tokenized as it stands."""
     request_id: builtins.str
     """Chosen by the caller; the server makes one when it is empty. At most 128 characters of [A-Za-z0-9._-].
-    A second call with the same id and the same content joins the first while it runs, and is told its answer again
-    for a while after it has completed: nothing is generated twice. With other content it is refused.
+    A second call of the same caller with the same id and the same content joins the first while it runs, and is told
+    its answer again for a while after it has completed: nothing is generated twice. With other content it is refused,
+    and so is one that comes while an answer of more than 4 MiB is being told. Failed calls are not remembered.
     """
     priority: builtins.int
     """Greater goes first among the waiting calls of the same tenant; never before another tenant's. -100 to 100."""
@@ -198,9 +199,13 @@ class SamplingParams(google.protobuf.message.Message):
     ignore_eos: builtins.bool
     """Go on after the end-of-sequence token (for benchmarks). Default false."""
     n: builtins.int
-    """Completions of the same prompt, 1 to 16. Default 1. Each counts as a call at the engine."""
+    """Completions of the same prompt, 1 to 16. Default 1. Each counts as a call at the engine, and draws with a seed of
+    its own: `seed` plus its index. 1 where temperature is 0, since all would be the same.
+    """
     logprobs: builtins.int
-    """Log-probabilities of each token and of this many likeliest ones, 0 to 20. Unset: none."""
+    """Log-probabilities of each token and of this many likeliest ones, 0 to 20. Unset: none. They are those of the model,
+    after structured_output has ruled tokens out and before temperature, penalties and the other parameters.
+    """
     min_tokens: builtins.int
     """Tokens before the end-of-sequence token or a stop may come, at most max_tokens. Default 0."""
     @property
@@ -213,7 +218,9 @@ class SamplingParams(google.protobuf.message.Message):
 
     @property
     def structured_output(self) -> global___StructuredOutput:
-        """What the answer must look like. Unset: anything."""
+        """What the answer must look like. Unset: anything. Not together with min_tokens or ignore_eos. An answer that
+        max_tokens cuts short (FINISH_REASON_LENGTH) is only the beginning of one.
+        """
 
     def __init__(
         self,
@@ -424,8 +431,11 @@ class TokenLogprobs(google.protobuf.message.Message):
 
     LOGPROB_FIELD_NUMBER: builtins.int
     TOP_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
     logprob: builtins.float
-    """Of the token itself, natural logarithm."""
+    """Of the token itself, natural logarithm; -9999 for a probability of 0."""
+    text: builtins.str
+    """The token's text; may be part of a character."""
     @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TopLogprob]:
         """The likeliest ones, likeliest first; as many as `logprobs` asked for."""
@@ -435,8 +445,9 @@ class TokenLogprobs(google.protobuf.message.Message):
         *,
         logprob: builtins.float = ...,
         top: collections.abc.Iterable[global___TopLogprob] | None = ...,
+        text: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "top", b"top"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "text", b"text", "top", b"top"]) -> None: ...
 
 global___TokenLogprobs = TokenLogprobs
 

@@ -54,7 +54,15 @@ class Metrics:
             ("method", "reason"), registry=registry,
         )  # fmt: skip
         self._in_flight = Gauge(
-            "loraplex_requests_in_flight", "Generate calls accepted and not yet ended.", registry=registry
+            "loraplex_requests_in_flight",
+            "Generate and Embed calls accepted and not yet ended.",
+            registry=registry,
+        )
+        self._repeated = Counter(
+            "loraplex_requests_repeated",
+            "Generate calls with the request id of another: joined while it ran, replayed, or refused.",
+            ("result",),
+            registry=registry,
         )
         self._resolve = _load_histogram(
             registry, "loraplex_resolve_seconds", "From an adapter's name to its verified version."
@@ -115,7 +123,7 @@ class Metrics:
         self.pins = hooked(registry, "loraplex_adapters_pinned", "Adapters that cannot be evicted.")
 
     def request_started(self) -> None:
-        """A Generate call was accepted."""
+        """A Generate or Embed call was accepted."""
         self._in_flight.inc()
 
     def call(self, tenant: str, adapter: str) -> CallMetrics:
@@ -143,6 +151,10 @@ class Metrics:
             self._tenants, self._adapters, self._wanted, tenant=tenant, adapter=UNRESOLVED
         )
         counted.ended(outcome, seconds)
+
+    def request_repeated(self, how: str) -> None:
+        """See `replays.ReplayEvents`."""
+        self._repeated.labels(how).inc()
 
     def call_failed(self, method: str, reason: str) -> None:
         """A call of any method ended in an error status."""

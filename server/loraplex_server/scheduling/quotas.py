@@ -1,6 +1,7 @@
 """What one tenant may use: requests held, requests per second, tokens per minute. Pure.
 
-Rates are token buckets: a request takes its one from the first when it is accepted; generated and prompt tokens are
+Rates are token buckets: a request takes its one from the first when it is accepted, several at once take theirs as soon
+as there is one, which may leave it below zero; generated and prompt tokens are
 taken from the second as they are known, which may leave it below zero, and nothing more is accepted until it has filled
 up again. So a tenant's long-run rate is never above its quota, and a refusal says when the next request will do.
 """
@@ -77,16 +78,17 @@ class Quotas:
         self._clock = clock
         self._uses: OrderedDict[str, _Use] = OrderedDict()
 
-    def accept(self, tenant: str) -> None:
-        """Count a request as held and take it from the rate; `released` must follow.
+    def accept(self, tenant: str, requests: int = 1) -> None:
+        """Count requests as held and take them from the rate; `released` must follow.
 
         Raises:
             TenantQuotaError: one of the quotas is used up; says which, and when to come again.
         """
         use, now_s = self._use(tenant), self._clock()
         quota = use.quota
-        if quota.requests_max and use.held >= quota.requests_max:
-            raise _refused(tenant, "requests_max", f"holds {quota.requests_max} requests already", 1.0)
+        if quota.requests_max and use.held + requests > quota.requests_max:
+            what = f"may have {quota.requests_max} requests at once, and would have {use.held + requests}"
+            raise _refused(tenant, "requests_max", what, 1.0)
         if use.tokens is not None and (wait_s := use.tokens.wait_s(0.0, now_s)) > 0:
             what = f"has used its {quota.tokens_per_minute:g} tokens per minute"
             raise _refused(tenant, "tokens_per_minute", what, wait_s)
@@ -94,8 +96,8 @@ class Quotas:
             if (wait_s := use.requests.wait_s(1.0, now_s)) > 0:
                 what = f"has sent its {quota.requests_per_s:g} requests per second"
                 raise _refused(tenant, "requests_per_s", what, wait_s)
-            use.requests.draw(1.0, now_s)
-        use.held += 1
+            use.requests.draw(requests, now_s)
+        use.held += requests
 
     def used(self, tenant: str, tokens: int) -> None:
         """Count tokens of a held request."""
@@ -103,9 +105,9 @@ class Quotas:
         if use.tokens is not None:
             use.tokens.draw(tokens, self._clock())
 
-    def released(self, tenant: str) -> None:
-        """Say that a request which was accepted is held no more."""
-        self._uses[tenant].held -= 1
+    def released(self, tenant: str, requests: int = 1) -> None:
+        """Say that requests which were accepted are held no more."""
+        self._uses[tenant].held -= requests
 
     def held(self, tenant: str) -> int:
         """Requests of a tenant that are held."""

@@ -96,24 +96,25 @@ class Scheduler:
         return max(counters) - min(counters) if counters else 0.0
 
     @contextmanager
-    def hold(self, tenant: str) -> Iterator[None]:
-        """Hold a call of a tenant for the length of the block.
+    def hold(self, tenant: str, requests: int = 1) -> Iterator[None]:
+        """Hold a call of a tenant for the length of the block; it counts as so many requests.
 
         Raises:
             QueueFullError: the server holds `requests_max` already.
             TenantQuotaError: the tenant has used up a quota.
         """
-        if self.held >= self._requests_max:
+        if self.held + requests > self._requests_max:
             raise QueueFullError(
-                f"the server holds {self._requests_max} requests already", retry_after_s=RETRY_AFTER_S
+                f"the server may hold {self._requests_max} requests, and would hold {self.held + requests}",
+                retry_after_s=RETRY_AFTER_S,
             )
-        self._quotas.accept(tenant)
-        self.held += 1
+        self._quotas.accept(tenant, requests)
+        self.held += requests
         try:
             yield
         finally:
-            self.held -= 1
-            self._quotas.released(tenant)
+            self.held -= requests
+            self._quotas.released(tenant, requests)
 
     @asynccontextmanager
     async def turn(

@@ -4,8 +4,8 @@ vLLM calls `register()` in every process it starts (frontend, engine core, worke
 the entry point group ``vllm.general_plugins``. On a CPU platform `register()` makes
 ``current_platform.get_punica_wrapper()`` name `loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper`
 instead of vLLM's own class, which gives base-model rows the weights of the last adapter slot when they
-share a batch with LoRA rows. On any other platform it changes nothing: the GPU kernels are not affected by
-that fault.
+share a batch with LoRA rows. On any other platform it does not: the GPU kernels are not affected by that
+fault. On every platform it bounds what a structured-output grammar may cost a step (`grammar_guard`).
 
 Importing this module does nothing and imports neither torch nor vLLM. Environment:
 
@@ -36,7 +36,7 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the grouped CPU LoRA wrapper in this process; does nothing on platforms other than CPU.
+    """Install the guard of grammars in this process; on CPU also the grouped LoRA wrapper and plain ranking.
 
     Calling it again is harmless.
 
@@ -49,10 +49,28 @@ def register() -> None:
         raise PluginHookError(f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'grouped' or 'stock'")
     if choice == "stock":
         return
+    _guard_grammars()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        from loraplex_server.vllm_plugin.sampling import rank_uncompiled
+
         install(type(current_platform))
+        rank_uncompiled()
+
+
+def _guard_grammars() -> None:
+    from loraplex_server.vllm_plugin.grammar_guard import guard
+
+    try:
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+        guard(XgrammarGrammar)
+    except (ImportError, AttributeError) as error:
+        raise PluginHookError(
+            f"vLLM's structured output is not where it was ({error}), so its cost in a step cannot be bounded: "
+            "use the vLLM version loraplex pins"
+        ) from error
 
 
 def install(platform: Any) -> None:

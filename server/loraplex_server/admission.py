@@ -1,0 +1,346 @@
+"""From a checked call to a place at the engine, whatever the engine is to do there: generate, or embed.
+
+The order of things: a place is held, the prompt becomes tokens, the adapter's name a verified version, the call waits
+for its turn, the adapter is leased. Everything that is held is given back in the opposite order, also when the call is
+cancelled. Every call that begins is counted in exactly one of completed, failed, cancelled and expired.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex_server.calls import current_call
+from loraplex_server.engine import Engine, EngineAdapter
+from loraplex_server.errors import InvalidRequestError, UnsupportedByBaseError
+from loraplex_server.gate import Backend, Gate
+from loraplex_server.journey import Journey
+from loraplex_server.metrics import CallMetrics, Metrics
+from loraplex_server.requests import Prompt, check_token_ids
+from loraplex_server.residency import Lease
+from loraplex_server.rollout.rollouts import Pick
+from loraplex_server.rollout.splits import Target
+from loraplex_server.scheduling.scheduler import Turn
+from loraplex_server.versions import AdapterVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """Who answers. Names and digests of the adapter are "" for the base model."""
+
+    request_id: str
+    base_model: str
+    base_digest: str
+    adapter: str
+    adapter_digest: str
+    adapter_was_resident: bool
+    adapter_tag: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place at the engine, for one request of it."""
+
+    turn: Turn
+    adapter: EngineAdapter | None
+    started: Started
+
+
+class Account:
+    """Whose call it is, what answers it, and its times; tells the metrics as it goes, and the call's journey.
+
+    Attributes:
+        pick: the adapter's version that answers; None for the base model, and until it is known.
+        last: when the engine gave something last, of `time.monotonic`.
+        adapter_s: seconds from arrival until the adapter was leased; 0 for the base model.
+    """
+
+    def __init__(self, metrics: Metrics, journey: Journey) -> None:
+        self.pick: Pick | None = None
+        self.last = journey.arrived
+        self.adapter_s = 0.0
+        self._metrics = metrics
+        self._journey = journey
+        self._counted: CallMetrics | None = None
+        self._first_token_s: float | None = None
+        self._tokens = 0
+
+    @property
+    def tenant(self) -> str:
+        """Who is served, and pays."""
+        return self._journey.tenant
+
+    @property
+    def counted(self) -> CallMetrics:
+        """Where the call is counted; after `serves`."""
+        assert self._counted is not None, "serves() first"
+        return self._counted
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from arrival to the last thing the engine gave."""
+        return self.last - self._journey.arrived
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from arrival to the first token of any completion; 0 before it."""
+        return self._first_token_s or 0.0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt answered from the prefix cache, as the first token told."""
+        return self._journey.cached_tokens
+
+    def asks(self, operation: str, adapter: Target | None, backend: Backend) -> None:
+        """This is what the call wants: see `Journey` for the operations."""
+        journey = self._journey
+        journey.operation = operation
+        journey.model = backend.model_name if adapter is None else str(adapter)
+        journey.base_digest = backend.engine.base.digest
+
+    def serves(self, pick: Pick | None) -> None:
+        """This is what answers; None for the base model. From now on everything is counted under its labels."""
+        journey, adapter = self._journey, ""
+        if pick is not None:
+            self.pick, version = pick, pick.version
+            self._metrics.resolved(time.monotonic() - journey.stages[-1][1])
+            journey.tenant, adapter = version.tenant, f"{version.tenant}/{version.adapter}"
+            self.serves_instead(version)
+        self._counted = self._metrics.call(journey.tenant, adapter)
+
+    def serves_instead(self, version: AdapterVersion) -> None:
+        """This is the version of the adapter that answers."""
+        self._journey.adapter, self._journey.adapter_digest = version.name, version.digest
+
+    def adapter_ready(self, *, was_resident: bool) -> None:
+        """The adapter is leased; counted when it is so for the first time."""
+        if not self.adapter_s:
+            self.adapter_s = time.monotonic() - self._journey.arrived
+            self._metrics.adapter_ready(self.adapter_s, was_resident=was_resident)
+            self.counted.adapter_ready()
+
+    def prompted(self, tokens: int) -> None:
+        """The prompt, or all prompts, have so many tokens."""
+        self._journey.prompt_tokens = tokens
+
+    def prompt_seen(self, tokens: int) -> None:
+        """A prompt of so many tokens went to the engine, once for each completion."""
+        self.counted.prompt_seen(tokens)
+
+    def tokens(self, count: int, now: float, *, since: float, cached_tokens: int) -> None:
+        """Tokens of a completion came from the engine.
+
+        Args:
+            count: how many, 1 or more.
+            now: when.
+            since: when the ones before of the same completion came; 0 for its first.
+            cached_tokens: of the prompt.
+        """
+        if self._first_token_s is None:
+            self._first_token_s = now - self._journey.arrived
+            self._journey.first_token, self._journey.cached_tokens = now, cached_tokens
+            self.counted.first_token(self._first_token_s, tokens=count, cached_tokens=cached_tokens)
+        elif since:
+            self.counted.more_tokens(now - since, count)
+        else:
+            self.counted.generated(count)
+        self.last = now
+        self._tokens += count
+
+    def finished(self, reasons: tuple[str, ...]) -> None:
+        """The completions came to their ends."""
+        self._journey.finish_reasons = reasons
+
+    def completed(self) -> None:
+        """The call ended well; a canary is judged by the times of single completions."""
+        if self.pick is None or self._first_token_s is None:
+            return
+        alone = self._tokens > 1 and len(self._journey.finish_reasons) == 1
+        token_s = (self.total_s - self._first_token_s) / (self._tokens - 1) if alone else None
+        self.pick.completed(first_token_s=self._first_token_s, token_s=token_s)
+
+    def failed(self, error: BaseException) -> None:
+        """The call ended in an error."""
+        if self.pick is not None:
+            self.pick.failed(error)
+
+    def ended(self, outcome: str) -> None:
+        """The call ended in one of `metrics.OUTCOMES`."""
+        self._journey.output_tokens = self._tokens
+        self._metrics.request_ended(self._counted, self.tenant, outcome, self.total_s)
+
+
+class Admission:
+    """See the module. One per server."""
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self._gate = gate
+        self._metrics = metrics
+        # One tenant's cached prefixes are never looked up for another; new at every start.
+        self._salt_key = secrets.token_bytes(32)
+
+    def backend(self, task: str) -> Backend:
+        """Return what to work with.
+
+        Raises:
+            EngineUnavailableError: nothing is there yet.
+            UnsupportedByBaseError: the base model is served for something else.
+        """
+        backend = self._gate.backend
+        if backend.engine.task != task:
+            serves = {"generate": "text", "embed": "vectors"}
+            raise UnsupportedByBaseError(
+                f"the base model {backend.model_name} is served for {serves[backend.engine.task]} here, "
+                f"not for {serves[task]}"
+            )
+        return backend
+
+    @asynccontextmanager
+    async def counted(self) -> AsyncIterator[Account]:
+        """Give the current call exactly one outcome."""
+        call = current_call()
+        account = Account(self._metrics, call.journey)
+        self._metrics.request_started()
+        outcome = "failed"
+        try:
+            yield account
+            outcome = "completed"
+            account.completed()
+        except asyncio.CancelledError:
+            expired = asyncio.get_running_loop().time() >= call.deadline
+            outcome = "expired" if expired else "cancelled"
+            if expired:
+                account.failed(TimeoutError())
+            raise
+        except Exception as error:
+            account.failed(error)
+            raise
+        finally:
+            account.ended(outcome)
+
+    async def pick(self, adapter: Target | None, account: Account, *, session: str = "") -> None:
+        """Find the adapter's version that answers the current caller; `account.pick` is None for the base model.
+
+        Raises:
+            ServerError, RegistryError: it is not there for this caller, or must not be used.
+        """
+        if adapter is None:
+            account.serves(None)
+            return
+        call, backend = current_call(), self._gate.backend
+        call.journey.enter("resolve")
+        pick = await backend.rollouts.pick(
+            adapter,
+            lambda ref: self._gate.resolve(ref, call.principal, call.journey.progress),
+            session=session or call.id,
+        )
+        account.serves(pick)
+        if backend.scheduler.full:
+            backend.residency.prefetch(pick.version)
+
+    @asynccontextmanager
+    async def place(
+        self,
+        account: Account,
+        *,
+        prompt_tokens: int,
+        request_id: str,
+        priority: int = 0,
+    ) -> AsyncIterator[Place]:
+        """Wait for a turn at the engine with the adapter in it, and have both for the length of the block.
+
+        Args:
+            account: whose call it is.
+            prompt_tokens: tokens of the prompt.
+            request_id: the caller's, "" where the server's own is told.
+            priority: greater goes first among the tenant's own.
+        """
+        backend, journey, pick = self._gate.backend, current_call().journey, account.pick
+        journey.enter("queue")
+        turn = backend.scheduler.turn(
+            account.tenant,
+            adapter=pick.version.digest if pick else "",
+            prompt_tokens=prompt_tokens,
+            priority=priority,
+        )
+        async with turn as given, self._lease(account) as lease:
+            account.prompt_seen(prompt_tokens)
+            started = Started(
+                request_id=request_id or current_call().id,
+                base_model=backend.model_name,
+                base_digest=backend.engine.base.digest,
+                adapter=pick.version.name if pick else "",
+                adapter_digest=pick.version.digest if pick else "",
+                adapter_was_resident=lease.was_resident if lease else False,
+                adapter_tag=pick.tag if pick else "",
+            )
+            journey.enter("engine")
+            yield Place(given, lease.adapter if lease else None, started)
+
+    @asynccontextmanager
+    async def _lease(self, account: Account) -> AsyncIterator[Lease | None]:
+        """Have the adapter in the engine, the stable version for a canary that cannot be; None for the base model."""
+        pick, journey, residency = account.pick, current_call().journey, self._gate.backend.residency
+        if pick is None:
+            yield None
+            return
+        journey.enter("adapter")
+        async with AsyncExitStack() as leases:
+            while True:
+                tried = pick.version
+                try:
+                    lease = await leases.enter_async_context(residency.lease(tried, journey.progress))
+                    break
+                except Exception as error:
+                    # Another completion of the same call may have gone over to the stable version meanwhile.
+                    if pick.version is tried and not await pick.instead(error):
+                        raise
+                    account.serves_instead(pick.version)
+            account.adapter_ready(was_resident=lease.was_resident)
+            yield lease
+
+    def salt(self, account: Account) -> str:
+        """Return what keeps the tenant's cached prefixes from others."""
+        return hmac.new(self._salt_key, account.tenant.encode(), hashlib.sha256).hexdigest()
+
+
+async def encode(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+    """Return the prompt's tokens.
+
+    Raises:
+        InvalidRequestError: it has none, or ids that the base model does not know.
+    """
+    if prompt.token_ids is not None:
+        check_token_ids(prompt.token_ids, vocab_size=engine.vocab_size)
+        return prompt.token_ids
+    if prompt.chat is not None:
+        return tuple(await engine.encode_chat(prompt.chat))
+    ids = await engine.encode_text(prompt.text or "")
+    if not ids:
+        raise InvalidRequestError("text", "has no tokens")
+    return tuple(ids)
+
+
+async def together(works: Sequence[Awaitable[Any]]) -> None:
+    """Do everything at once. What fails first ends the others, and is raised as it is.
+
+    One alone is done here and now, without a task of its own.
+    """
+    if len(works) == 1:
+        await works[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(_await(work))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+async def _await(work: Awaitable[Any]) -> None:
+    await work
