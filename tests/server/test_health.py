@@ -114,6 +114,17 @@ async def test_adapters_exist_only_for_those_who_may_see_them(shop: Shop) -> Non
         }
 
 
+async def test_while_nothing_can_be_known_adapters_still_do_not_exist_for_others(shop: Shop) -> None:
+    shop.publish("acme/orders")
+    acme, acme_entry = make_key("app", "acme")
+    globex, globex_entry = make_key("app", "globex")
+    async with running(shop, keys=acme_entry + globex_entry) as rig:
+        rig.app._gate.close()
+        async with probing(rig, acme) as ours, probing(rig, globex) as theirs, probing(rig) as nobodys:
+            assert await ours.check(ORDERS) == NOT_SERVING
+            assert await theirs.check(ORDERS) == await nobodys.check(ORDERS) == "NOT_FOUND"
+
+
 async def test_a_watch_follows_an_adapter_that_comes_and_is_refused(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
