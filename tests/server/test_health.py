@@ -13,6 +13,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_server import health
 from loraplex_server.app import SERVICES
 from loraplex_server.identity.api_keys import make_key
+from loraplex_server.residency import State
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, reason_of, running, until
 
@@ -152,6 +153,26 @@ async def test_an_adapter_that_leaves_the_engine_while_it_is_used_is_not_serving
         rig.engine.may_go_on.set()
         await asyncio.gather(call, leaving)
         assert await probe.check(ORDERS) == SERVING
+
+
+async def test_an_adapter_that_makes_room_for_another_goes_on_serving(shop: Shop) -> None:
+    for adapter in ("acme/orders", "acme/mail", "acme/late"):
+        shop.publish(adapter)
+    async with running(shop) as rig, rig.client() as client, probing(rig) as probe:
+        unload, may_leave = rig.engine.unload, asyncio.Event()
+
+        async def slowly(slot_id: int) -> None:
+            await may_leave.wait()
+            await unload(slot_id)
+
+        rig.engine.unload = slowly  # type: ignore[method-assign]
+        for adapter in ("acme/orders", "acme/mail"):
+            await client.generate("x", adapter=adapter, sampling=FOUR)
+        late = asyncio.create_task(client.generate("x", adapter="acme/late", sampling=FOUR))
+        await until(lambda: any(one.state is State.DRAINING for one in rig.app.residency.statuses()))
+        assert await probe.check(ORDERS) == SERVING
+        may_leave.set()
+        assert (await late).text
 
 
 async def test_watchers_hear_of_the_drain_before_the_port_refuses_and_are_let_go(shop: Shop) -> None:
