@@ -3,7 +3,8 @@
 Names are "", the services, and `adapter/<tenant>/<adapter>[@tag]`. The first two are SERVING from the moment calls are
 let through until the server drains. An adapter is SERVING while the version that its name means may be used: it is
 verified now, by the trust policy and the revocation list, and it is in the engine or can be brought there; it is
-NOT_SERVING while it is refused, is leaving, or cannot be known, and while the server is not up.
+NOT_SERVING while it is refused, cannot be known, or is leaving the engine under calls that still use it, and while the
+server is not up.
 
 Everybody may ask for the first two. Adapters exist only for callers that may see them: without a credential, or with
 another tenant's, an adapter's name is answered like any other unknown name (NOT_FOUND by Check, SERVICE_UNKNOWN by
@@ -160,5 +161,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             return UNKNOWN
         except (RegistryError, EngineUnavailableError, TimeoutError):
             return NOT_SERVING
-        leaving = found is not None and found.state is State.DRAINING
+        # One that nobody uses any more may come back at once: that it makes room for others is no fault of it.
+        leaving = found is not None and found.state is State.DRAINING and found.active_requests > 0
         return NOT_SERVING if leaving or self._draining else SERVING

@@ -12,7 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex_registry.refs import AdapterRef
 from loraplex_server import health
 from loraplex_server.identity.api_keys import make_key
+<<<<<<< HEAD
 from loraplex_server.ports import SERVICES
+=======
+from loraplex_server.residency import State
+>>>>>>> observe
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, reason_of, running, until
 
@@ -114,6 +118,17 @@ async def test_adapters_exist_only_for_those_who_may_see_them(shop: Shop) -> Non
         }
 
 
+async def test_while_nothing_can_be_known_adapters_still_do_not_exist_for_others(shop: Shop) -> None:
+    shop.publish("acme/orders")
+    acme, acme_entry = make_key("app", "acme")
+    globex, globex_entry = make_key("app", "globex")
+    async with running(shop, keys=acme_entry + globex_entry) as rig:
+        rig.app._gate.close()
+        async with probing(rig, acme) as ours, probing(rig, globex) as theirs, probing(rig) as nobodys:
+            assert await ours.check(ORDERS) == NOT_SERVING
+            assert await theirs.check(ORDERS) == await nobodys.check(ORDERS) == "NOT_FOUND"
+
+
 async def test_a_watch_follows_an_adapter_that_comes_and_is_refused(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +156,26 @@ async def test_an_adapter_that_leaves_the_engine_while_it_is_used_is_not_serving
         rig.engine.may_go_on.set()
         await asyncio.gather(call, leaving)
         assert await probe.check(ORDERS) == SERVING
+
+
+async def test_an_adapter_that_makes_room_for_another_goes_on_serving(shop: Shop) -> None:
+    for adapter in ("acme/orders", "acme/mail", "acme/late"):
+        shop.publish(adapter)
+    async with running(shop) as rig, rig.client() as client, probing(rig) as probe:
+        unload, may_leave = rig.engine.unload, asyncio.Event()
+
+        async def slowly(slot_id: int) -> None:
+            await may_leave.wait()
+            await unload(slot_id)
+
+        rig.engine.unload = slowly  # type: ignore[method-assign]
+        for adapter in ("acme/orders", "acme/mail"):
+            await client.generate("x", adapter=adapter, sampling=FOUR)
+        late = asyncio.create_task(client.generate("x", adapter="acme/late", sampling=FOUR))
+        await until(lambda: any(one.state is State.DRAINING for one in rig.app.residency.statuses()))
+        assert await probe.check(ORDERS) == SERVING
+        may_leave.set()
+        assert (await late).text
 
 
 async def test_watchers_hear_of_the_drain_before_the_port_refuses_and_are_let_go(shop: Shop) -> None:

@@ -22,7 +22,7 @@ CALLERS = 24
 ADAPTERS = 4
 STEP_S = 0.005
 TEN = Sampling(max_tokens=10, temperature=0)
-_GENERATE_ENDED = re.compile(r"method=/loraplex\.v1\.GenerationService/Generate \S+ reason=(\w+)")
+_GENERATE_ENDED = re.compile(r"method=/loraplex\.v1\.GenerationService/Generate .*? reason=(\w+)")
 
 
 @dataclass

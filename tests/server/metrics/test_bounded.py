@@ -1,9 +1,11 @@
 """Series for ever so many names: few labels, and sums that are exact."""
 
 import random
+import time
 from collections import Counter
 from threading import Thread
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,21 +95,33 @@ def test_a_tenant_that_is_called_other_or_like_a_fixed_label_makes_no_second_ser
     assert totals(bounded) == truth.numbers
 
 
-def test_copies_from_another_thread_never_miss_or_double_what_is_moving() -> None:
-    bounded, seen, stop = Bounded(LAYOUT, names_max=1, halve_after=10), [], []
+def test_copies_from_another_thread_never_miss_or_double_what_is_moving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_over = Series.take_over
+
+    def slowly(self: Series, other: Series) -> None:
+        time.sleep(0.01)
+        take_over(self, other)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(Series, "take_over", slowly)
+    bounded, seen, stop = Bounded(LAYOUT, names_max=1, halve_after=10), [0], []
 
     def look() -> None:
         while not stop:
             seen.append(sum(series.counters[0] for series in bounded.copy().values()))
+        stop.append("the end")
 
     thread = Thread(target=look)
     thread.start()
-    done = 0
-    while len(seen) < 300 or done < 5000:
-        name = f"name{done % 7}"
-        bounded.hit(name).series.counters[0] += 1
-        done += 1
-    stop.append(True)
-    thread.join()
-    assert seen == sorted(seen)
-    assert sum(series.counters[0] for series in bounded.copy().values()) == done
+    try:
+        for number in range(60):
+            bounded.hit(f"name{number // 6}").series.counters[0] += 1
+            time.sleep(0.001)
+    finally:
+        stop.append("told")
+        thread.join()
+    assert stop == ["told", "the end"], "the other thread met an error"
+    assert seen == sorted(seen), "a sum went back"
+    assert sum(series.counters[0] for series in bounded.copy().values()) == 60

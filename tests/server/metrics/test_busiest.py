@@ -3,22 +3,26 @@
 import random
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loraplex_server.metrics.busiest import Busiest
 
+RUNS = st.lists(st.tuples(st.integers(0, 6).map(str), st.integers(1, 20)), max_size=40)
 
-@given(
-    hits=st.lists(st.integers(0, 30).map(str), max_size=400),
-    names_max=st.integers(1, 8),
-    halve_after=st.integers(1, 500),
+
+@example(runs=[("a", 10), ("b", 10), ("c", 10), ("d", 11), ("a", 6)], names_max=3, halve_after=1000)
+@example(
+    runs=[(name, 75) for name in "abcdabc"] + [("d", 73), ("e", 100)],  # contends just before the halving
+    names_max=4,
+    halve_after=300,
 )
+@given(runs=RUNS, names_max=st.integers(1, 4), halve_after=st.integers(1, 300))
 def test_never_more_than_the_cap_and_heavy_hitters_are_always_kept(
-    hits: list[str], names_max: int, halve_after: int
+    runs: list[tuple[str, int]], names_max: int, halve_after: int
 ) -> None:
     sketch, weights, since = Busiest(names_max, halve_after=halve_after), Counter[str](), 0
-    for name in hits:
+    for name in (name for name, times in runs for _ in range(times)):
         since += 1
         if since >= halve_after:
             since = 0

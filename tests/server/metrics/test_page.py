@@ -196,6 +196,18 @@ def test_what_is_dear_to_know_is_asked_for_once_in_a_while() -> None:
     assert asked == [0.0, 10.0, 25.0]
 
 
+@pytest.mark.parametrize("outcome", ["cancelled", "expired", "failed"])
+def test_a_call_that_ends_while_it_waits_for_its_adapter_waits_no_more(outcome: str) -> None:
+    metrics = Metrics(tenants_max=1, registry=CollectorRegistry())
+    metrics.request_started()
+    counted, other = metrics.call("acme", "acme/orders"), metrics.call("acme", "acme/orders")
+    metrics.request_ended(counted, "acme", outcome, 0.0)
+    assert metrics.wanted == ["acme/orders"]
+    other.adapter_ready()
+    other.adapter_ready()
+    assert metrics.wanted == []
+
+
 @pytest.mark.parametrize("tenants_max", [1, 5])
 def test_calls_that_end_unresolved_are_counted_for_their_caller(tenants_max: int) -> None:
     metrics = Metrics(tenants_max=tenants_max, registry=CollectorRegistry())
