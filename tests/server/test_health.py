@@ -12,11 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex_registry.refs import AdapterRef
 from loraplex_server import health
 from loraplex_server.identity.api_keys import make_key
-<<<<<<< HEAD
 from loraplex_server.ports import SERVICES
-=======
 from loraplex_server.residency import State
->>>>>>> observe
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, reason_of, running, until
 
