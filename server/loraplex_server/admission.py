@@ -18,6 +18,7 @@ from typing import Any
 from loraplex_server.calls import current_call
 from loraplex_server.engine import Engine, EngineAdapter
 from loraplex_server.errors import InvalidRequestError, UnsupportedByBaseError
+from loraplex_server.events import Started
 from loraplex_server.gate import Backend, Gate
 from loraplex_server.journey import Journey
 from loraplex_server.metrics import CallMetrics, Metrics
@@ -27,19 +28,6 @@ from loraplex_server.rollout.rollouts import Pick
 from loraplex_server.rollout.splits import Target
 from loraplex_server.scheduling.scheduler import Turn
 from loraplex_server.versions import AdapterVersion
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started:
-    """Who answers. Names and digests of the adapter are "" for the base model."""
-
-    request_id: str
-    base_model: str
-    base_digest: str
-    adapter: str
-    adapter_digest: str
-    adapter_was_resident: bool
-    adapter_tag: str = ""
 
 
 @dataclass(frozen=True)

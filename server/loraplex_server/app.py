@@ -10,6 +10,7 @@ health is NOT_SERVING and calls are refused until a fresh one has the same adapt
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -47,6 +48,10 @@ from loraplex_server.wiring import (
 )
 
 RECONSIDER_S_MAX = 5.0  # spent on deciding again about adapters before a fresh engine gets them
+
+
+GC_THRESHOLD = 10_000
+"""Objects made since the last collection before the next one, instead of 700: a call makes hundreds a second."""
 
 
 class App:
@@ -211,6 +216,7 @@ async def serve(config: Config) -> int:
         await starting
         host = split_address(config.server.listen)[0]
         http = f"OpenAI HTTP on port {app.http_port}, " if app.http_port else ""
+        _freeze_heap()
         print(
             f"ready: {config.model.name} ({config.model.quantization}), gRPC on {host}:{app.port}, "
             f"{http}metrics on http://{host}:{app.metrics_port}/metrics",
@@ -227,6 +233,16 @@ async def serve(config: Config) -> int:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await app.stop(drain_s=config.server.drain_s)
+
+
+def _freeze_heap() -> None:
+    """Leave what is there now out of garbage collections: a million objects of libraries that stay for ever.
+
+    Each full collection would look through them, for 0.1 s in which no token goes out.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,6 +48,9 @@ class ServerSettings:
     message_mib_max: int = 4  # one gRPC message
     access_log: str = "text"  # one line per call: text, json or off
     gateway_metrics: bool = True  # what routers of the Gateway API Inference Extension read
+    stream_interval_ms: float = (
+        20.0  # tokens of one stream that come within it go out together; the first at once
+    )
     replay_s: float = 60.0  # an answer is told again to calls with the same request id; 0: only while it runs
     plaintext: bool = False  # True: other machines may connect without TLS, as behind a proxy that ends it
 
@@ -348,6 +351,7 @@ def _check(config: Config, origin: Path) -> None:
         ("server.engine_restarts_max", config.server.engine_restarts_max, 0, 100),
         ("server.engine_restarts_window_s", config.server.engine_restarts_window_s, 1, 86_400),
         ("server.message_mib_max", config.server.message_mib_max, 1, 256),
+        ("server.stream_interval_ms", config.server.stream_interval_ms, 0, 1000),
         ("server.replay_s", config.server.replay_s, 0, 3600),
         ("limits.requests_max", limits.requests_max, 1, 100_000),
         ("limits.tenant_requests_max", limits.tenant_requests_max, 1, 100_000),

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loraplex_server.admission import Account, Admission, Started, encode, together
+from loraplex_server.admission import Account, Admission, encode, together
 from loraplex_server.calls import current_call
 from loraplex_server.engine import EngineEmbedRequest
 from loraplex_server.errors import ContextTooLongError
+from loraplex_server.events import Started
 from loraplex_server.gate import Backend
 from loraplex_server.requests import EmbedCall
 

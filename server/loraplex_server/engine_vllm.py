@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.checkpoint import checkpoint_directory
+from loraplex_server.beat import Beat
 from loraplex_server.config import Config
 from loraplex_server.engine import (
     ChatTurn,
@@ -64,6 +65,7 @@ class VllmEngine:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._context_tokens = 0
         self._vocab_size = 0
+        self._beat = Beat(config.server.stream_interval_ms / 1000)
 
     @property
     def base(self) -> BaseModel:
@@ -200,17 +202,29 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""
-        with _named_errors():
-            outputs = self._vllm.generate(
-                {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
-                sampling_params(request.sampling),
-                request.request_id,
-                lora_request=lora_request(request.adapter) if request.adapter else None,
-            )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
+        from vllm.inputs.engine import tokens_input
+
+        llm, collector, finished = self._vllm, None, False
+        try:
+            with _named_errors():
+                # As `AsyncLLM.generate` does it, without its generator; input that says its type is not rendered on a
+                # thread first.
+                collector = await llm.add_request(
+                    request.request_id,
+                    tokens_input(list(request.prompt_ids), cache_salt=request.cache_salt),
+                    sampling_params(request.sampling),
+                    lora_request=lora_request(request.adapter) if request.adapter else None,
+                )
+                while not finished:
+                    output = collector.get_nowait() or await collector.get()
+                    finished = output.finished
                     for chunk in chunks(output, request.sampling):
                         yield chunk
+                    if not finished:
+                        await self._beat.next()  # meanwhile the collector joins what comes
+        finally:
+            if collector is not None and not finished:
+                await llm.abort(collector.request_id, internal=True)
 
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
         """See `Engine.embed`."""

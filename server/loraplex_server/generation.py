@@ -1,51 +1,24 @@
 """One generation from a checked call to its last token, whatever port it came through.
 
-A call may want several completions: each is a request of its own at the engine, waits for a turn of its own and is
-charged to its tenant like any other. Their events come out in one stream, each with its completion's index. Events are
-sent by awaiting `send`, so that a cancellation always arrives in here.
+What the engine says goes into an outbox, from which the caller is sent what it is ready to take: turn and adapter are
+given back when the engine has ended, however slowly the caller reads. A call may want several completions: each is a
+request of its own at the engine, waits for a turn of its own and is charged to its tenant like any other. Their events
+come out in one stream, each with its completion's index. Events are sent by awaiting `send`, so that a cancellation
+always arrives in here.
 """
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from loraplex_server.admission import Account, Admission, Place, Started, encode, together
+from loraplex_server.admission import Account, Admission, Place, encode, together
 from loraplex_server.calls import current_call
 from loraplex_server.engine import Engine, EngineChunk, EngineRequest, Sampling
+from loraplex_server.events import Ended, Piece, Send
 from loraplex_server.gate import Backend
+from loraplex_server.outbox import Outbox, pass_on
 from loraplex_server.requests import GenerateCall, final_sampling
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New tokens of one completion, or its end."""
-
-    index: int
-    chunk: EngineChunk
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How it ended: sent last. Times are seconds since the call arrived.
-
-    Attributes:
-        finish_reasons: of each completion, "stop" or "length".
-    """
-
-    finish_reasons: tuple[str, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    adapter_s: float
-    first_token_s: float
-    total_s: float
-
-
-Event = Started | Piece | Ended
-Send = Callable[[Event], Awaitable[None]]
-"""Takes each event of a call, in order; awaited, so that a slow reader slows its own call down and no other."""
 
 
 class Generation:
@@ -73,8 +46,10 @@ class Generation:
                 prompt_ids, sampling = await _final(backend.engine, wanted)
                 account.prompted(len(prompt_ids))
                 await self._admission.pick(wanted.adapter, account, session=wanted.session)
-                answer = _Answer(self._admission, account, wanted, prompt_ids, sampling, send)
-                await together([answer.complete(index) for index in range(wanted.choices)])
+                outbox = Outbox()
+                answer = _Answer(self._admission, account, wanted, prompt_ids, sampling, outbox)
+                work = together([answer.complete(index) for index in range(wanted.choices)])
+                await pass_on(outbox, work, send)
                 await send(answer.end())
 
 
@@ -103,12 +78,11 @@ class _Answer:
         wanted: GenerateCall,
         prompt_ids: tuple[int, ...],
         sampling: Sampling,
-        send: Send,
+        outbox: Outbox,
     ) -> None:
         self._admission, self._account, self._wanted = admission, account, wanted
         self._prompt_ids, self._sampling = prompt_ids, sampling
-        self._send = send
-        self._sending = asyncio.Lock()  # one event at a time, whichever completion it is of
+        self._outbox = outbox
         self._begun = False
         self._counts = [_Counts() for _ in range(wanted.choices)]
 
@@ -121,14 +95,15 @@ class _Answer:
             request_id=self._wanted.request_id or "",
             priority=self._wanted.priority,
         ) as place:
-            await self._begin(place)
+            if not self._begun:  # the first completion that has its place says who answers
+                self._begun = True
+                self._outbox.put(place.started)
             async with aclosing(engine.generate(self._request(index, place))) as chunks:
                 async for chunk in chunks:
                     self._count(index, chunk, time.monotonic())
                     place.turn.generated(len(chunk.token_ids))
                     if chunk.token_ids or chunk.text or chunk.finish_reason:
-                        async with self._sending:
-                            await self._send(Piece(index, chunk))
+                        self._outbox.put(Piece(index, chunk))
 
     def end(self) -> Ended:
         """The last event of the call."""
@@ -143,13 +118,6 @@ class _Answer:
             first_token_s=account.first_token_s,
             total_s=account.total_s,
         )
-
-    async def _begin(self, place: Place) -> None:
-        """Say who answers, when the first completion has its place."""
-        async with self._sending:
-            if not self._begun:
-                self._begun = True
-                await self._send(place.started)
 
     def _request(self, index: int, place: Place) -> EngineRequest:
         seed = self._sampling.seed

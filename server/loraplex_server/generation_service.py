@@ -4,12 +4,12 @@ from typing import Any
 
 from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_protos.v1 import generation_pb2_grpc
-from loraplex_server.admission import Started, encode
+from loraplex_server.admission import encode
 from loraplex_server.calls import current_call
 from loraplex_server.embedding import Embedded, Embedding
 from loraplex_server.engine import EngineChunk, TokenLogprobs
+from loraplex_server.events import Ended, Event, Started
 from loraplex_server.gate import Gate
-from loraplex_server.generation import Ended, Event
 from loraplex_server.replays import Replays
 from loraplex_server.requests import parse_embed, parse_generate, parse_prompt
 

@@ -18,12 +18,11 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from loraplex_server.admission import Started
 from loraplex_server.calls import FailedCallError, Guard, current_call
 from loraplex_server.embedding import Embedding
 from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
+from loraplex_server.events import Ended, Event, Piece, Started
 from loraplex_server.gate import Gate
-from loraplex_server.generation import Ended, Event, Piece
 from loraplex_server.identity.authenticator import ALTERNATIVE_NAMES
 from loraplex_server.identity.principals import may_see
 from loraplex_server.openai_answers import HTTP_STATUS, Answer, embeddings, error_object

@@ -5,10 +5,9 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from loraplex_server.admission import Started
 from loraplex_server.embedding import Embedded
 from loraplex_server.engine import TokenLogprobs
-from loraplex_server.generation import Ended, Piece
+from loraplex_server.events import Ended, Piece, Started
 from loraplex_server.openai_wire import EmbeddingsRequest, OpenAiRequest
 from loraplex_server.status import Failure
 

@@ -21,8 +21,9 @@ from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_server.calls import current_call
 from loraplex_server.engine import EngineChunk
 from loraplex_server.errors import EngineUnavailableError, RequestIdReusedError
+from loraplex_server.events import Event, Piece, Send
 from loraplex_server.gate import Backend, Gate
-from loraplex_server.generation import Event, Generation, Piece, Send
+from loraplex_server.generation import Generation
 from loraplex_server.requests import GenerateCall, is_request_id
 
 ANSWER_BYTES_MAX: Final = 4 << 20
