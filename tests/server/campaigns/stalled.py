@@ -40,7 +40,7 @@ async def stalled_readers(shop: Shop, *, readers: int, calls: int, settle_s: flo
     )
     with serving(settings, context=CONTEXT) as server:
         async with (
-            AsyncClient(server.target, api_key=polite_key, timeout_s=10) as polite,
+            AsyncClient(server.target, api_key=polite_key, timeout_s=2) as polite,
             grpc.aio.insecure_channel(server.target) as channel,
         ):
             alone = await _latencies(polite, calls)
