@@ -37,7 +37,7 @@ async def test_server_replies_never_cross(shop: Shop, figure: Figure, seed: int)
 
 
 async def test_server_endings_leave_nothing(shop: Shop, figure: Figure, seed: int) -> None:
-    found = await endings(shop, calls=8_000, seed=seed)
+    found = await endings(shop, calls=10_000, seed=seed)
     counts = found.outcomes
     figure("calls cancelled", int(counts["cancelled"]), ">= 1000", counts["cancelled"] >= 1000)
     figure("calls expired", int(counts["expired"]), ">= 1000", counts["expired"] >= 1000)
