@@ -56,8 +56,15 @@ class _Answer:
 class GrpcConnection(asyncio.Protocol):
     """Calls of Generate on one HTTP/2 connection. Headers that come are not read: the last message tells all."""
 
-    def __init__(self, key: str) -> None:
-        """`key`: an API key, or ""."""
+    def __init__(self, key: str, *, window: int = _WINDOW) -> None:
+        """Prepare.
+
+        Args:
+            key: an API key, or "".
+            window: bytes that the server may send in one stream; no more is ever allowed, so that a small window
+                makes a reader that stops reading.
+        """
+        self._window = window
         self._headers = [
             (":method", "POST"),
             (":scheme", "http"),
@@ -76,8 +83,8 @@ class GrpcConnection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
         self._transport = transport
-        settings = _INITIAL_WINDOW_SIZE.to_bytes(2) + _WINDOW.to_bytes(4)
-        more = (_WINDOW - 65_535).to_bytes(4)
+        settings = _INITIAL_WINDOW_SIZE.to_bytes(2) + self._window.to_bytes(4)
+        more = (_WINDOW - 65_535).to_bytes(4)  # for the connection as a whole
         transport.write(_PREFACE + _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW_UPDATE, 0, 0, more))
 
     def data_received(self, data: bytes) -> None:

@@ -94,6 +94,7 @@ def _account(figure: Figure, name: str, found: Account) -> None:
 async def test_server_stalled_readers(shop: Shop, figure: Figure) -> None:
     found = await stalled_readers(shop, readers=32, calls=200)
     figure("readers that stopped reading", found.held, "= 32", found.held == 32)
+    figure("another tenant's calls that expired", found.expired, "= 0", found.expired == 0)
     each = round(found.bytes_each / 1024)
     figure("memory held for each, KiB", each, "<= 1024", each <= 1024)
     ratio = round(found.beside_s / found.alone_s, 2)
