@@ -30,5 +30,5 @@ def make_engine(config: Config, *, cache_dir: Path) -> SimEngine:
 
 
 if __name__ == "__main__":
-    app.VllmEngine = make_engine  # type: ignore[assignment, misc]
+    app.VllmEngine = make_engine  # type: ignore[assignment, attr-defined, misc]
     sys.exit(app.main())
