@@ -1,9 +1,10 @@
 """Our server with a second gRPC port that leaves out authentication, admission and metrics, to see what they cost.
 
 `python -m benchmarks.bare_port --config server.toml` is `loraplex serve` in every respect, and prints `bare: PORT`
-before its ready line. Behind both ports are the same process, event loop, engine and `Generation`; a call on the bare
-port has no guard (credential, rights, deadline, access log), no scheduler (bounds, quotas, fairness) and counts
-nothing. So rounds on one port and the other, in turn, differ by exactly those. A measuring device: loopback only.
+before its ready line. Behind both ports are the same process, event loop and engine, and the same services; a call on
+the bare port has no guard (credential, rights, deadline, access log, trace), no scheduler (bounds, quotas, fairness)
+and counts nothing. So rounds on one port and the other, in turn, differ by exactly those. A measuring device: loopback
+only.
 """
 
 from __future__ import annotations
@@ -12,38 +13,36 @@ import asyncio
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-import grpc
-
-from loraplex_protos.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_server import app, calls
 from loraplex_server.gate import Gate
-from loraplex_server.generation import Generation
-from loraplex_server.generation_service import GenerationService
+from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.identity.principals import LOCAL_ADMIN
 from loraplex_server.metrics import Metrics
+from loraplex_server.ports import Ports
 from loraplex_server.scheduling.scheduler import Scheduler
 
 DEADLINE_S = 300.0
+_T = TypeVar("_T")
 
 
 class _Nothing:
-    """Stands for metrics and for a turn: takes every call and does nothing."""
+    """Stands for metrics, for a turn and for whatever their methods give: takes every call and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         setattr(self, name, _nothing)  # found at once from now on: asking must not cost more than doing
         return _nothing
 
 
-def _nothing(*_arguments: Any, **_named: Any) -> None:
-    return None
-
-
 _NOTHING = _Nothing()
+
+
+def _nothing(*_arguments: Any, **_named: Any) -> _Nothing:
+    return _NOTHING
 
 
 class _NoTurns:
@@ -60,42 +59,54 @@ class _NoTurns:
         yield _NOTHING
 
 
-class _BareService(GenerationService):
-    """The method without its guard: everybody is the local admin."""
+class _NoGuard(calls.Guard):
+    """Stands for the guard: everybody is the local admin, and nothing is checked or told."""
 
-    async def Generate(  # type: ignore[override]  # noqa: N802
-        self, request: generation_pb2.GenerateRequest, context: Any
-    ) -> None:
+    def __init__(self) -> None:
+        """It needs nothing."""
+
+    async def run(self, work: Callable[[], Awaitable[_T]], *, method: str, **_named: Any) -> _T:
+        """See `Guard.run`."""
+        call_id, deadline = secrets.token_hex(8), asyncio.get_running_loop().time() + DEADLINE_S
         calls._CALL.set(
             calls.Call(
-                id=secrets.token_hex(8),
-                method="/loraplex.v1.GenerationService/Generate",
+                id=call_id,
+                method=method,
                 principal=LOCAL_ADMIN,
                 arrived=time.monotonic(),
-                deadline=asyncio.get_running_loop().time() + DEADLINE_S,
+                deadline=deadline,
+                journey=calls.Journey(method=method, call_id=call_id),
             )
         )
-        await super().Generate(request, context)
+        return await work()
 
 
 class BareApp(app.App):
     """The server, and the bare port beside it."""
 
+    _bare: Ports | None = None
+
     async def start(self) -> None:
         """See `App.start`."""
         await super().start()
+        assert self._backend is not None
         gate = Gate()
-        gate.open(replace(self._gate.backend, scheduler=cast(Scheduler, _NoTurns())))
-        self._bare = grpc.aio.server()
-        service = _BareService(Generation(gate, cast(Metrics, _NOTHING)))
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._bare)
-        port = self._bare.add_insecure_port("127.0.0.1:0")
-        await self._bare.start()
-        print(f"bare: {port}", flush=True)
+        gate.open(replace(self._backend, scheduler=cast(Scheduler, _NoTurns())))
+        server = replace(self._config.server, listen="127.0.0.1:0", http_listen="", reflection=False)
+        self._bare = Ports(
+            replace(self._config, server=server),
+            gate=gate,
+            guard=_NoGuard(),
+            authenticator=Authenticator.from_settings(self._config.auth),
+            metrics=cast(Metrics, _NOTHING),
+        )
+        await self._bare.open()
+        print(f"bare: {self._bare.port}", flush=True)
 
     async def stop(self, *, drain_s: float) -> None:
         """See `App.stop`."""
-        await self._bare.stop(0)
+        if self._bare is not None:
+            await self._bare.close(drain_s=0)
         await super().stop(drain_s=drain_s)
 
 

@@ -46,6 +46,8 @@ class Rounds:
 
     tok_s: list[float] = field(default_factory=list)
     ttft_p99_s: list[float] = field(default_factory=list)
+    gap_p99_s: list[float] = field(default_factory=list)  # between a stream's messages
+    message_tokens: list[float] = field(default_factory=list)  # in one message, on average
     front_cpu_us: list[float] = field(default_factory=list)  # of the front end, per token
     engine_cpu_us: list[float] = field(default_factory=list)  # of the server's other processes, per token
     client_cores: list[float] = field(default_factory=list)  # processor seconds of the load per second
@@ -77,6 +79,8 @@ class Bench:
             raise RuntimeError(f"{found.tokens} tokens came instead of {STREAMS * TOKENS}")
         rounds.tok_s.append(found.tokens / found.seconds)
         rounds.ttft_p99_s.append(statistics.quantiles(found.first_s, n=100, method="inclusive")[98])
+        rounds.gap_p99_s.append(found.gap_p99_s)
+        rounds.message_tokens.append(found.tokens / found.messages)
         rounds.front_cpu_us.append((after[0] - before[0]) / found.tokens * 1e6)
         rounds.engine_cpu_us.append((after[1] - before[1]) / found.tokens * 1e6)
         rounds.client_cores.append(found.client_cpu_s / found.seconds)
@@ -103,6 +107,7 @@ def vs_vllm(bench: Bench) -> list[Measurement]:
     return [
         ratio("tok_s_vs_vllm_http", ours.tok_s, http.tok_s, 1.5),
         ratio("ttft_p99_vs_vllm_http", ours.ttft_p99_s, http.ttft_p99_s, 0.6),
+        ratio("gap_p99_vs_vllm_http", ours.gap_p99_s, http.gap_p99_s),
         ratio("tok_s_vs_stock_vllm_http", ours.tok_s, stock.tok_s),
         ratio("ttft_p99_vs_stock_vllm_http", ours.ttft_p99_s, stock.ttft_p99_s),
         *(one for name, rounds in found.items() for one in details(name, rounds)),
@@ -154,6 +159,8 @@ def details(name: str, rounds: Rounds) -> list[Measurement]:
     return [
         summarize(f"{name}_tok_s", rounds.tok_s, "tokens/s"),
         summarize(f"{name}_ttft_p99_s", rounds.ttft_p99_s, "s"),
+        summarize(f"{name}_gap_p99_s", rounds.gap_p99_s, "s"),
+        summarize(f"{name}_tokens_per_message", rounds.message_tokens, "tokens"),
         summarize(f"{name}_front_cpu_us_per_token", rounds.front_cpu_us, "us"),
         summarize(f"{name}_engine_cpu_us_per_token", rounds.engine_cpu_us, "us"),
         summarize(f"{name}_client_cores", rounds.client_cores, "cores"),

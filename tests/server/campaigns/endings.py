@@ -41,7 +41,7 @@ async def endings(shop: Shop, *, calls: int, seed: int) -> Endings:
                 "x",
                 adapter=adapter,
                 sampling=Sampling(max_tokens=rng.randint(1, 12)),
-                timeout_s=rng.choice([30.0, 30.0, rng.uniform(0.01, 0.3)]),
+                timeout_s=rng.choice([30.0, rng.uniform(0.005, 0.1)]),
             )
             give_up = rng.choice([None, rng.uniform(0.005, 0.3)])
             try:
