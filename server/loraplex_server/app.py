@@ -143,7 +143,9 @@ class App:
         )
         admission = Admission(self._gate, self._metrics)
         embedding = Embedding(admission)
-        replays = Replays(Generation(admission), self._gate, self._metrics, keep_s=server.replay_s)
+        self._replays = replays = Replays(
+            Generation(admission), self._gate, self._metrics, keep_s=server.replay_s
+        )
         interceptor = CallInterceptor(guard, self._metrics)
         self._grpc = grpc.aio.server(
             interceptors=[interceptor],

@@ -19,7 +19,7 @@ from loraplex_server.requests import GenerateCall, final_sampling
 from loraplex_server.versions import AdapterVersion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """New tokens of one completion, or its end."""
 
