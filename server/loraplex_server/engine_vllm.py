@@ -186,8 +186,8 @@ class VllmEngine:
         """See `Engine.check_form`."""
         assert self._trials is not None, "start() first"
         field = f"sampling.structured_output.{form.kind}"
-        await self._trials.check(form, tenant=tenant, field=field)
         refuse_unsupported(form, field=field)
+        await self._trials.check(form, tenant=tenant, field=field)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""

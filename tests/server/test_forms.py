@@ -1,15 +1,17 @@
 """Structured output: what is refused before anything is tried, and how trials are shared among tenants."""
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 from loraplex_protos.v1 import generation_pb2 as pb
 from loraplex_server import form_trials
@@ -17,6 +19,7 @@ from loraplex_server.engine import Form
 from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
 from loraplex_server.form_trials import FormTrials
 from loraplex_server.forms import FORM_BYTES_MAX, SCHEMA_DEPTH_MAX, choice_grammar, parse_form
+from loraplex_server.schemas import check_schema
 from tests.server.rig import until
 
 
@@ -25,7 +28,7 @@ def output(**form: Any) -> pb.StructuredOutput:
 
 
 def nested(depth: int) -> str:
-    return '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
+    return '{"items":' * (depth - 1) + "{}" + "}" * (depth - 1)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def nested(depth: int) -> str:
         (output(json_schema='{"minimum": NaN}'), "form.json_schema"),
         (output(json_schema="[" * 60_000), "form.json_schema"),
         (output(json_schema=nested(SCHEMA_DEPTH_MAX + 1)), "form.json_schema"),
-        (output(json_schema='{"a": [{"$ref": "file:///etc/passwd"}]}'), "form.json_schema"),
+        (output(json_schema='{"items": {"$ref": "file:///etc/passwd"}}'), "form.json_schema"),
         (output(json_schema='{"' + "x" * FORM_BYTES_MAX + '": 1}'), "form.json_schema"),
         (output(regex=""), "form.regex"),
         (output(regex="a\0"), "form.regex"),
@@ -63,6 +66,80 @@ def test_the_deepest_schema_and_references_within_it_pass() -> None:
     assert parse_form(output(json_schema=text), field="form") == Form("json_schema", text)
     inner = '{"$defs": {"a": {}}, "$ref": "#/$defs/a"}'
     assert parse_form(output(json_schema=inner), field="form").text == inner
+
+
+def test_a_schema_as_programs_write_them_passes() -> None:
+    class Size(BaseModel):
+        kind: Literal["wide", "tall"] = Field(description="which way")
+        centimetres: int = Field(ge=1, le=300)
+
+    class Order(BaseModel):
+        number: str = Field(pattern=r"^[0-9]{4}$")
+        sizes: list[Size] = Field(min_length=1, max_length=3)
+        note: str | None = None
+        prices: dict[str, float] = {}
+        of: Size | int
+
+    check_schema(Order.model_json_schema(), field="f")
+    check_schema({**Order.model_json_schema(), "additionalProperties": False, "x-origin": "here"}, field="f")
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"not": {"type": "string"}}, "# says not"),
+        ({"type": "object", "properties": {"a": {"if": {}, "then": {}}}}, "#/properties/a says if"),
+        ({"type": "array", "items": {"type": "string", "minimum": 3}}, "#/items says minimum"),
+        ({"minLength": 3}, "# says minLength"),
+        ({"uniqueItems": True, "type": "array"}, "# says uniqueItems"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "# says dependentRequired"),
+        ({"type": "object", "required": ["a"]}, "# requires"),
+        ({"anyOf": [{"type": "string"}], "maxLength": 3}, "# says maxLength beside anyOf"),
+        ({"$defs": {"x": {"not": {}}}, "$ref": "#/$defs/x"}, "#/$defs/x says not"),
+        ({"$ref": "#/$defs/x", "maxLength": 3, "$defs": {"x": {}}}, "# says maxLength beside"),
+        ({"$ref": "https://schemas.example/x"}, "# refers"),
+        ({"allOf": [{"type": "string"}, {"type": "string"}]}, "# has several"),
+        ({"type": "string", "enum": ["a", 1]}, "# has values"),
+        ({"type": "integer", "const": True}, "# has values"),
+        ({"type": "string", "enum": "a"}, "# has values"),
+        ({"type": "wat"}, "# has an unknown type"),
+        ({"type": {"a": 1}}, "# has an unknown type"),
+        ({"type": "object", "required": [[]]}, "# requires"),
+        ({"type": "object", "required": "a"}, "# has required"),
+    ],
+)
+def test_what_an_answer_could_not_be_kept_to_is_refused_at_its_place(schema: Any, place: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_schema(schema, field="f")
+    assert caught.value.problem.startswith(place)
+
+
+words = st.sampled_from(
+    [
+        "type",
+        "properties",
+        "items",
+        "anyOf",
+        "enum",
+        "const",
+        "required",
+        "$ref",
+        "allOf",
+        "minimum",
+        "string",
+    ]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(words, values, max_size=4))
+def test_any_json_object_is_a_schema_or_refused(schema: dict[str, Any]) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        check_schema(schema, field="f")
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5))
