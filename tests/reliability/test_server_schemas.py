@@ -22,7 +22,8 @@ ATOMS: list[dict[str, Any]] = [
     {"maxProperties": 2}, {"required": ["a"]}, {"additionalProperties": False}, {"const": "a"}, {"const": 3},
     {"enum": ["a", 3, None]}, {"not": {"type": "string"}}, {"uniqueItems": True}, {"multipleOf": 2},
     {"$ref": "#/$defs/d"}, {"if": {"type": "string"}, "then": {"maxLength": 1}},
-    {"dependentRequired": {"a": ["b"]}}, {"contains": {}}, {"unevaluatedProperties": False}, {"unevaluatedItems": False}, {"title": "t"}, {"x-mine": 1},
+    {"dependentRequired": {"a": ["b"]}}, {"contains": {}},
+    {"unevaluatedProperties": False}, {"unevaluatedItems": False}, {"title": "t"}, {"x-mine": 1},
 ]  # fmt: skip
 TYPES = ["string", "integer", "number", "boolean", "null", "array", "object"]
 
