@@ -81,14 +81,14 @@ async def test_more_choices_than_places_take_turns(shop: Shop) -> None:
 
 async def test_leaving_ends_every_choice_and_one_that_fails_ends_the_others(shop: Shop) -> None:
     async with running(shop) as rig, rig.client() as client:
-        rig.engine.step_s = 0.01
-        async with client.stream(PROMPT, sampling=replace(DRAWN, max_tokens=50)) as stream:
-            async for _ in stream:
-                break
+        rig.engine.may_go_on.clear()
+        async with client.stream(PROMPT, sampling=DRAWN):
+            await until(lambda: rig.engine.running == 3)
         await until(lambda: rig.engine.running == 0 and rig.outcomes()["cancelled"] == 1)
-        call = asyncio.create_task(client.generate(PROMPT, sampling=replace(DRAWN, max_tokens=50)))
+        call = asyncio.create_task(client.generate(PROMPT, sampling=DRAWN))
         await until(lambda: rig.engine.running == 3)
         rig.engine.dead = True
+        rig.engine.may_go_on.set()
         with pytest.raises(Exception, match="dead on order"):
             await call
         rig.engine.dead = False
