@@ -110,6 +110,7 @@ async def test_refusals_are_openais_errors_with_our_reasons(shop: Shop) -> None:
                 {"n": 2, "temperature": 0},
                 {"n": 2, "best_of": 2},
                 {"logprobs": 21},
+                {"logprobs": 20, "n": 16, "max_tokens": 800},
                 {"logprobs": True},
                 {"echo": True},
                 {"extra_body": {"response_format": {"type": "xml"}}},
