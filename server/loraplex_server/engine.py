@@ -97,7 +97,7 @@ class EngineEmbedRequest:
     cache_salt: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A token that could have stood at a position; `text` may be part of a character."""
 
@@ -106,7 +106,7 @@ class Candidate:
     logprob: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural logarithms of probabilities at one position, at least LOGPROB_MIN.
 
@@ -125,7 +125,7 @@ LOGPROB_MIN = -9999.0
 """Stands for a probability of 0, whose logarithm JSON has no number for. As OpenAI's API has it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EngineChunk:
     """One or more new tokens.
 

@@ -197,8 +197,8 @@ class VllmEngine:
         """See `Engine.check_form`."""
         assert self._trials is not None, "start() first"
         field = f"sampling.structured_output.{form.kind}"
-        await self._trials.check(form, tenant=tenant, field=field)
         refuse_unsupported(form, field=field)
+        await self._trials.check(form, tenant=tenant, field=field)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""
@@ -330,6 +330,9 @@ def _set_environment(config: Config) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.model.kv_cache_gib))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Expressions that reach vLLM passed `form_trials`, which bounds CPU time; vLLM's own five seconds are of the clock,
+    # and refuse on a busy machine what they take on an idle one.
+    os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "60")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

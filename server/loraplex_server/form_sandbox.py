@@ -27,18 +27,19 @@ from loraplex_server.forms import choice_grammar
 
 PARSE_S_MAX: Final = 0.1
 """CPU seconds of parsing: vLLM parses every form once more in the server's own event loop."""
-COMPILE_S_MAX: Final = 1.0
-"""CPU seconds of compiling: the engine compiles on a thread beside its steps."""
-STEP_S_MAX: Final = 0.02
+COMPILE_S_MAX: Final = 10.0
+"""CPU seconds of compiling: the engine compiles on threads beside its steps. `maxLength: 100` takes four of them with a
+vocabulary of 128,000, and next to none with a small one."""
+STEP_S_MAX: Final = 0.05
 """CPU seconds of saying which tokens may come next: the engine does that within a step, for everybody."""
 STEPS: Final = 256
 """Tokens for which a form is followed, in each of two ways."""
-FOLLOW_S_MAX: Final = 0.5
+FOLLOW_S_MAX: Final = 1.0
 """CPU seconds that all of them may take: a plain grammar takes a tenth of a millisecond for each."""
 COMPILED_BYTES_MAX: Final = 64 << 20
-CPU_S_MAX: Final = 3
+CPU_S_MAX: Final = 15
 """CPU seconds after which the system ends a trial, in whole seconds."""
-WALL_S_MAX: Final = 20.0
+WALL_S_MAX: Final = 60.0
 """Seconds after which a trial is given up that got no CPU."""
 MEMORY_BYTES_MAX: Final = 1 << 30
 """Address space that a trial may take beyond what the program has."""

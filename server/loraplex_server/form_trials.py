@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 REMEMBERED_MAX: Final = 4096
 """Most outcomes of trials that are kept."""
 START_S_MAX: Final = 120.0
-REPLY_S_MAX: Final = 60.0
+REPLY_S_MAX: Final = 90.0
 _PASSED_ON: Final = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "LANG")
 _RETRY_AFTER_S: Final = 5.0
 

@@ -1,6 +1,7 @@
 """Structured output as it is asked for: checked as far as that goes without a tokenizer. Pure.
 
-Promises: what comes out is small, and a JSON Schema in it is an object of bounded depth. Whether a schema, expression
+Promises: what comes out is small, and a JSON Schema in it is an object of bounded depth that says nothing an answer
+could not be kept to. Whether a schema, expression
 or grammar means anything, and what it would cost, is found out by `form_trials`, where it can do no harm.
 """
 
@@ -10,6 +11,7 @@ from typing import Any, Final
 from loraplex_protos.v1 import generation_pb2 as pb
 from loraplex_server.engine import Form
 from loraplex_server.errors import InvalidRequestError
+from loraplex_server.schemas import check_schema
 
 FORM_BYTES_MAX: Final = 65_536
 SCHEMA_DEPTH_MAX: Final = 32
@@ -58,22 +60,16 @@ def _check_schema(text: str, where: str) -> None:
         raise InvalidRequestError(where, "must be a JSON object")
     level: list[Any] = [schema]
     for _ in range(SCHEMA_DEPTH_MAX):
-        if any(_is_foreign(node.get("$ref")) for node in level if isinstance(node, dict)):
-            # The library would pass over it and let anything stand there.
-            raise InvalidRequestError(where, "must refer to parts of itself only: a $ref begins with #")
         level = [child for node in level for child in _children(node)]
     if level:
         raise InvalidRequestError(where, f"is nested more than {SCHEMA_DEPTH_MAX} deep")
+    check_schema(schema, field=where)
 
 
 def _children(node: Any) -> list[Any]:
     """The objects and arrays directly inside one."""
     values = node.values() if isinstance(node, dict) else node
     return [value for value in values if isinstance(value, dict | list)]
-
-
-def _is_foreign(reference: Any) -> bool:
-    return isinstance(reference, str) and not reference.startswith("#")
 
 
 def _refuse_constant(_name: str) -> Any:

@@ -88,7 +88,7 @@ def _delta(index: int, chunk: EngineChunk) -> gpb.GenerationDelta:
 
 
 def _logprobs(position: TokenLogprobs) -> gpb.TokenLogprobs:
-    top = [gpb.TopLogprob(**vars(candidate)) for candidate in position.top]
+    top = [gpb.TopLogprob(token_id=c.token_id, text=c.text, logprob=c.logprob) for c in position.top]
     return gpb.TokenLogprobs(logprob=position.logprob, text=position.text, top=top)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_server.errors import InvalidRequestError
-from loraplex_server.requests import SESSION_CHARS_MAX
+from loraplex_server.requests import DEFAULT_MAX_TOKENS, SESSION_CHARS_MAX
 
 _TELLING: Final = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key"})
 _SAMPLING: Final[Mapping[str, type]] = {
@@ -39,6 +39,8 @@ _OURS: Final = frozenset(
 )
 _ONE_OR_NONE: Final = frozenset({"best_of"})
 _IDEMPOTENCY_KEY: Final = re.compile(r'"([^"]*)"|([^"]*)')
+CANDIDATES_MAX: Final = 1 << 18
+"""Most log-probabilities of an answer that is put together before it is sent: about 40 MB."""
 INPUTS_MAX: Final = 64
 """Most texts of one request for vectors."""
 _UINT32_MAX: Final = 2**32 - 1
@@ -121,7 +123,17 @@ def parse_request(value: Mapping[str, Any], *, chat: bool, base_model: str) -> O
     options = renamed.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidRequestError("stream_options", "must be an object")
-    return OpenAiRequest(message, model, chat, stream, stream and options.get("include_usage") is True)
+    request = OpenAiRequest(message, model, chat, stream, stream and options.get("include_usage") is True)
+    if not stream and _candidates(request) > CANDIDATES_MAX:
+        raise InvalidRequestError("stream", "must be true for so many log-probabilities; or ask for fewer")
+    return request
+
+
+def _candidates(request: OpenAiRequest) -> int:
+    """Log-probabilities that the answer may hold."""
+    sampling = request.message.sampling
+    tokens = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    return request.choices * tokens * (sampling.logprobs + 1) if request.logprobs else 0
 
 
 def parse_embeddings(value: Mapping[str, Any], *, base_model: str) -> EmbeddingsRequest:

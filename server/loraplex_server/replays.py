@@ -31,8 +31,10 @@ KEPT_BYTES_MAX: Final = 64 << 20
 ANSWERS_MAX: Final = 10_000
 EVENT_BYTES: Final = 512
 """What an event takes without its tokens, about."""
-TOKEN_BYTES: Final = 160
+TOKEN_BYTES: Final = 256
 """What a token, or a candidate of its log-probabilities, takes without its text, about."""
+LETTER_BYTES: Final = 4
+"""What a character of text takes at most."""
 
 Key = tuple[str, str, str]
 """Tenant and name of the caller, and its request id."""
@@ -228,4 +230,5 @@ def _bytes(event: Event) -> int:
 def _chunk_bytes(chunk: EngineChunk) -> int:
     candidates = [candidate for each in chunk.logprobs for candidate in each.top]
     entries = len(chunk.token_ids) + len(chunk.logprobs) + len(candidates)
-    return len(chunk.text) + sum(len(each.text) for each in candidates) + TOKEN_BYTES * entries
+    letters = sum(len(each.text) for each in chunk.logprobs) + sum(len(each.text) for each in candidates)
+    return LETTER_BYTES * (len(chunk.text) + letters) + TOKEN_BYTES * entries

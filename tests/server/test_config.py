@@ -31,6 +31,8 @@ def test_the_smallest_file_names_only_the_model(tmp_path: Path) -> None:
         ('[modle]\npath = "m"', ["[modle]", "model"]),
         ("[model]\n", ["model.path", "required"]),
         ('[model]\npath = "m"\nquantization = "int4"', ["model.quantization", "nf4", "int8"]),
+        ('[model]\npath = "m"\ntask = "classify"', ["model.task", "generate", "embed"]),
+        ('[model]\npath = "m"\n[server]\nreplay_s = -1', ["server.replay_s", "from 0"]),
         ('[model]\npath = "m"\n[adapters]\nslots = "many"', ["adapters.slots", "int", "str"]),
         ('[model]\npath = "m"\n[adapters]\nslots = true', ["adapters.slots", "int", "bool"]),
         ('[model]\npath = "m"\n[adapters]\nslots = 1', ["adapters.slots", "from 2"]),

@@ -106,8 +106,23 @@ async def test_refusals_are_openais_errors_with_our_reasons(shop: Shop) -> None:
                 await client.completions.create(model="acme/forged", prompt="x")
             assert forged.value.code == "SIGNATURE_INVALID"
             for wrong in (
-                {"n": 2},
-                {"logprobs": 3},
+                {"n": 0},
+                {"n": 2, "temperature": 0},
+                {"n": 2, "best_of": 2},
+                {"logprobs": 21},
+                {"logprobs": 20, "n": 16, "max_tokens": 800},
+                {"logprobs": True},
+                {"echo": True},
+                {"extra_body": {"response_format": {"type": "xml"}}},
+                {"extra_body": {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}},
+                {
+                    "extra_body": {
+                        "response_format": {"type": "json_schema", "json_schema": {"schema": {"a": 1}}}
+                    }
+                },
+                {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}},
+                {"extra_body": {"structured_outputs": {"choice": ["b", 3]}}},
+                {"extra_body": {"min_tokens": 3, "max_tokens": 2}},
                 {"temperature": 9},
                 {"max_tokens": -1},
                 {"prompt": ["a", "b"]},
@@ -123,6 +138,54 @@ async def test_refusals_are_openais_errors_with_our_reasons(shop: Shop) -> None:
             with pytest.raises(openai.BadRequestError) as long:
                 await client.completions.create(model="sim", prompt="x", max_tokens=10_000)
             assert long.value.code == "CONTEXT_TOO_LONG"
+
+
+async def test_choices_log_probabilities_and_schemas_over_http(shop: Shop) -> None:
+    async with running(shop, **HTTP) as rig, asking(rig) as client:
+        said: Any = [{"role": "user", "content": "ab"}]
+        several: dict[str, Any] = {"model": "sim", "max_tokens": 3, "seed": 7, "n": 2}
+        texts = ["".join(f"{answer('', (97, 98), place, seed)} " for place in range(3)) for seed in (7, 8)]
+        chat = await client.chat.completions.create(**several, messages=said, logprobs=True, top_logprobs=2)
+        assert [choice.message.content for choice in chat.choices] == texts
+        assert chat.usage is not None
+        assert chat.usage.completion_tokens == 6
+        told = chat.choices[1].logprobs.content
+        assert "".join(each.token for each in told) == texts[1]
+        assert [[top.logprob for top in each.top_logprobs] for each in told] == [[-0.5, -1.5]] * 3
+        assert bytes(told[0].bytes).decode() == told[0].token
+        plain = await client.completions.create(**several, prompt="ab", logprobs=1)
+        told = plain.choices[0].logprobs
+        assert "".join(told.tokens) == plain.choices[0].text == texts[0]
+        assert told.text_offset == [0, len(told.tokens[0]), len(told.tokens[0] + told.tokens[1])]
+        assert told.top_logprobs == [{token: -0.5} for token in told.tokens]
+        rig.engine.step_s = 0.002
+        stream = await client.chat.completions.create(
+            **several, messages=said, stream=True, stream_options={"include_usage": True}, logprobs=True
+        )
+        pieces = [piece async for piece in stream]
+        for index, text in enumerate(texts):
+            mine = [choice for piece in pieces for choice in piece.choices if choice.index == index]
+            assert "".join(choice.delta.content or "" for choice in mine) == text
+            assert [choice.finish_reason for choice in mine] == [None] * 3 + ["length"]
+            assert [choice.delta.role for choice in mine] == ["assistant", None, None, None]
+            assert all(choice.logprobs.content[0].logprob == -0.5 for choice in mine[:3])
+        assert [len(piece.choices) for piece in pieces] == [1] * 8 + [0]
+        for form in (
+            {"type": "json_object"},
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "any", "schema": {"type": "object"}, "strict": True},
+            },
+        ):
+            done = await client.chat.completions.create(model="sim", messages=said, response_format=form)  # type: ignore[arg-type,call-overload]
+            assert done.choices[0].message.content == "{}"
+            assert done.choices[0].finish_reason == "stop"
+        chosen = await client.completions.create(
+            model="sim", prompt="ab", extra_body={"structured_outputs": {"choice": ["one"]}}
+        )
+        assert chosen.choices[0].text == "one"
+        with pytest.raises(openai.BadRequestError, match="needs logprobs"):
+            await client.chat.completions.create(model="sim", messages=said, top_logprobs=2)
 
 
 async def test_a_full_server_says_when_to_come_again(shop: Shop) -> None:
@@ -218,7 +281,8 @@ json_values = st.recursive(
 )
 FIELDS = [
     "model", "prompt", "messages", "max_tokens", "temperature", "stop", "stop_token_ids", "seed", "stream",
-    "stream_options", "n", "logprobs", "top_k", "priority", "user",
+    "stream_options", "n", "logprobs", "top_logprobs", "top_k", "min_tokens", "priority", "user", "response_format",
+    "structured_outputs",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-STEP_S_MAX: Final = 0.05
+STEP_S_MAX: Final = 0.1
 """CPU seconds that a grammar may take within one step."""
 SLOW_STEPS_MAX: Final = 2
 """Slow steps after which a request is ended: one may be a page fault."""

@@ -1,5 +1,7 @@
 """What one tenant may use."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,35 @@ def test_the_rate_is_kept_over_any_time_and_a_refusal_says_when_to_come_again(
             clock.now += wait_s + 1e-6
             assert refused_for(held) is None
         assert accepted <= max(1.0, rate * burst_s) + rate * clock.now + 1e-3
+
+
+@given(
+    rate=st.floats(0.1, 50),
+    calls=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 16)), min_size=1, max_size=100),
+)
+def test_calls_of_several_requests_keep_the_rate_too_but_for_the_last_one(
+    rate: float, calls: list[tuple[float, int]]
+) -> None:
+    held, clock = quotas(requests_per_s=rate, burst_s=1)
+    accepted = 0
+    for gap, requests in calls:
+        clock.now += gap
+        with contextlib.suppress(TenantQuotaError):
+            held.accept("a", requests)
+            accepted += requests
+        assert accepted <= max(1.0, rate) + rate * clock.now + 15 + 1e-3, (
+            "each begins with one of its own there"
+        )
+
+
+def test_several_requests_at_once_are_held_and_released_as_so_many() -> None:
+    held, _ = quotas(requests_max=4)
+    held.accept("a", 3)
+    with pytest.raises(TenantQuotaError, match="would have 5"):
+        held.accept("a", 2)
+    held.accept("a", 1)
+    held.released("a", 3)
+    assert held.held("a") == 1
 
 
 def test_tokens_are_paid_for_afterwards_and_nothing_is_accepted_until_they_are() -> None:
