@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,7 @@ from loraplex_server.vllm_values import (
     chunks,
     embedding,
     lora_request,
+    lost,
     refuse_unsupported,
     sampling_params,
 )
@@ -45,6 +47,12 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _log = logging.getLogger(__name__)
+
+
+LOSSES_MAX = (
+    3  # requests of a tenant that a form may end before it is refused: where an answer goes is chance
+)
+LOST_FORMS_MAX = 1024  # forms remembered for that
 
 
 class VllmEngine:
@@ -57,6 +65,8 @@ class VllmEngine:
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
         self._trials: FormTrials | None = None
+        # How often a form has ended a tenant's request, by cache salt (one for each tenant) and form.
+        self._losses: OrderedDict[tuple[str, Form], int] = OrderedDict()
         # One thread: Hugging Face tokenizers are not to be shared between threads.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._context_tokens = 0
@@ -191,6 +201,9 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """See `Engine.generate`."""
+        form = request.sampling.form
+        if form is not None and self._losses.get((request.cache_salt, form), 0) >= LOSSES_MAX:
+            raise lost(form)
         with _named_errors():
             outputs = self._vllm.generate(
                 {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
@@ -200,8 +213,20 @@ class VllmEngine:
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    for chunk in chunks(output, request.sampling):
+                    for chunk in self._chunks(output, request):
                         yield chunk
+
+    def _chunks(self, output: Any, request: EngineRequest) -> list[EngineChunk]:
+        try:
+            return chunks(output, request.sampling)
+        except InvalidRequestError:
+            form = request.sampling.form
+            if form is not None:
+                key = request.cache_salt, form
+                self._losses[key] = self._losses.pop(key, 0) + 1
+                if len(self._losses) > LOST_FORMS_MAX:
+                    self._losses.popitem(last=False)
+            raise
 
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
         """See `Engine.embed`."""
