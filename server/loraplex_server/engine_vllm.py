@@ -11,6 +11,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ from loraplex_server.vllm_values import (
     chunks,
     embedding,
     lora_request,
+    lost,
     refuse_unsupported,
     sampling_params,
 )
@@ -48,6 +50,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 START_POLL_S = 0.1
+
+
+LOSSES_MAX = (
+    3  # requests of a tenant that a form may end before it is refused: where an answer goes is chance
+)
+LOST_FORMS_MAX = 1024  # forms remembered for that
 
 
 class VllmEngine:
@@ -61,6 +69,8 @@ class VllmEngine:
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
         self._trials: FormTrials | None = None
+        # How often a form has ended a tenant's request, by cache salt (one for each tenant) and form.
+        self._losses: OrderedDict[tuple[str, Form], int] = OrderedDict()
         # One thread: Hugging Face tokenizers are not to be shared between threads.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._context_tokens = 0
@@ -204,6 +214,9 @@ class VllmEngine:
         """See `Engine.generate`."""
         from vllm.inputs.engine import tokens_input
 
+        form = request.sampling.form
+        if form is not None and self._losses.get((request.cache_salt, form), 0) >= LOSSES_MAX:
+            raise lost(form)
         llm, collector, finished = self._vllm, None, False
         try:
             with _named_errors():
@@ -218,13 +231,25 @@ class VllmEngine:
                 while not finished:
                     output = collector.get_nowait() or await collector.get()
                     finished = output.finished
-                    for chunk in chunks(output, request.sampling):
+                    for chunk in self._chunks(output, request):
                         yield chunk
                     if not finished:
                         await self._beat.next()  # meanwhile the collector joins what comes
         finally:
             if collector is not None and not finished:
                 await llm.abort(collector.request_id, internal=True)
+
+    def _chunks(self, output: Any, request: EngineRequest) -> list[EngineChunk]:
+        try:
+            return chunks(output, request.sampling)
+        except InvalidRequestError:
+            form = request.sampling.form
+            if form is not None:
+                key = request.cache_salt, form
+                self._losses[key] = self._losses.pop(key, 0) + 1
+                if len(self._losses) > LOST_FORMS_MAX:
+                    self._losses.popitem(last=False)
+            raise
 
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
         """See `Engine.embed`."""

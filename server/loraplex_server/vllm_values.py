@@ -81,6 +81,11 @@ def refuse_unsupported(form: Form, *, field: str) -> None:
         )
 
 
+def lost(form: Form) -> InvalidRequestError:
+    """The error of a request that its own form has ended."""
+    return InvalidRequestError(f"sampling.structured_output.{form.kind}", _LOST)
+
+
 def chunks(output: Any, sampling: Sampling) -> list[EngineChunk]:
     """Return what is new in a vLLM output of a request that had these parameters.
 
@@ -94,7 +99,7 @@ def chunks(output: Any, sampling: Sampling) -> list[EngineChunk]:
 def _chunk(part: Any, cached_tokens: int, sampling: Sampling) -> EngineChunk:
     if part.finish_reason not in (None, "stop", "length"):
         if part.finish_reason == "error" and sampling.form is not None:
-            raise InvalidRequestError(f"sampling.structured_output.{sampling.form.kind}", _LOST)
+            raise lost(sampling.form)
         raise EngineUnavailableError(f"the engine ended this request: {part.finish_reason}")
     asked = sampling.logprobs
     return EngineChunk(

@@ -87,8 +87,9 @@ def test_a_form_that_turns_costly_while_it_is_followed_ends_its_own_request_only
     costly = Regex(f"{digit}((([a-z]){{1,60}}){{1,60}}){{1,60}};|[{others}][a-z]*")
     other = threading.Thread(target=generate, args=(client, "acme/good"))
     other.start()
-    with pytest.raises(InvalidRequestError, match="takes too long"):
-        client.generate(PROMPT, sampling=replace(greedy, form=costly))
+    for _ in range(4):  # the last one without the engine
+        with pytest.raises(InvalidRequestError, match="takes too long"):
+            client.generate(PROMPT, sampling=replace(greedy, form=costly))
     other.join(30)
     assert not other.is_alive()
 

@@ -63,9 +63,9 @@ def _guard_grammars() -> None:
     from loraplex_server.vllm_plugin.grammar_guard import guard
 
     try:
-        from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
-        guard(XgrammarGrammar)
+        guard(XgrammarBackend, XgrammarGrammar)
     except (ImportError, AttributeError) as error:
         raise PluginHookError(
             f"vLLM's structured output is not where it was ({error}), so its cost in a step cannot be bounded: "
