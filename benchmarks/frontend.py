@@ -16,12 +16,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.frontend_servers import (
     ENVIRONMENT,
+    OWN_ENVIRONMENT,
     TINY,
     EngineSettings,
     Server,
@@ -87,15 +88,27 @@ class Bench:
 
 
 def vs_vllm(bench: Bench) -> list[Measurement]:
-    """Our server, vLLM's with the LoRA wrapper that ours has, and vLLM's with its own."""
+    """Our server, vLLM's in our environment, and vLLM's in its own, all without LoRA."""
+    return against_http(bench, ENGINE, "")
+
+
+def vs_vllm_lora(bench: Bench) -> list[Measurement]:
+    """The same with LoRA on, our wrapper in both engines, and no call that uses an adapter."""
+    return against_http(bench, replace(ENGINE, lora=True), "_lora")
+
+
+def against_http(bench: Bench, engine: EngineSettings, suffix: str) -> list[Measurement]:
+    """Let the servers have their turns, each round in another order."""
     base = ensure_tiny(bench.models)
-    settings, key = write_settings(bench.place, base, ENGINE)
-    found = {"ours": Rounds(), "http": Rounds(), "http_stock": Rounds()}
+    settings, key = write_settings(bench.place, base, engine)
+    found = {"ours": Rounds(), "http": Rounds(), "http_own": Rounds()}
     with ExitStack() as stack:
         servers = {"ours": stack.enter_context(our_server(bench.place, settings, key))}
         servers["ours"].stop()
-        for name, wrapper in (("http", "grouped"), ("http_stock", "stock")):
-            servers[name] = stack.enter_context(vllm_server(bench.place, base, ENGINE, wrapper=wrapper))
+        for name, environment in (("http", ENVIRONMENT), ("http_own", OWN_ENVIRONMENT)):
+            servers[name] = stack.enter_context(
+                vllm_server(bench.place, base, engine, environment=environment)
+            )
             servers[name].stop()
         process = stack.enter_context(LoadProcess())
         for number in range(bench.rounds + 1):
@@ -103,14 +116,15 @@ def vs_vllm(bench: Bench) -> list[Measurement]:
             for name in names[number % 3 :] + names[: number % 3]:
                 rounds = found[name] if number else Rounds()  # the first round warms up
                 bench.load(process, servers[name], rounds, protocol="grpc" if name == "ours" else "http")
-    ours, http, stock = found.values()
+    ours, http, own = found.values()
+    targets = (None, None) if suffix else (1.5, 0.6)
     return [
-        ratio("tok_s_vs_vllm_http", ours.tok_s, http.tok_s, 1.5),
-        ratio("ttft_p99_vs_vllm_http", ours.ttft_p99_s, http.ttft_p99_s, 0.6),
-        ratio("gap_p99_vs_vllm_http", ours.gap_p99_s, http.gap_p99_s),
-        ratio("tok_s_vs_stock_vllm_http", ours.tok_s, stock.tok_s),
-        ratio("ttft_p99_vs_stock_vllm_http", ours.ttft_p99_s, stock.ttft_p99_s),
-        *(one for name, rounds in found.items() for one in details(name, rounds)),
+        ratio(f"tok_s_vs_vllm_http{suffix}", ours.tok_s, http.tok_s, targets[0]),
+        ratio(f"ttft_p99_vs_vllm_http{suffix}", ours.ttft_p99_s, http.ttft_p99_s, targets[1]),
+        ratio(f"gap_p99_vs_vllm_http{suffix}", ours.gap_p99_s, http.gap_p99_s),
+        ratio(f"tok_s_vs_own_vllm_http{suffix}", ours.tok_s, own.tok_s),
+        ratio(f"ttft_p99_vs_own_vllm_http{suffix}", ours.ttft_p99_s, own.ttft_p99_s),
+        *(one for name, rounds in found.items() for one in details(f"{name}{suffix}", rounds)),
     ]
 
 
@@ -144,7 +158,12 @@ def push(bench: Bench) -> list[Measurement]:
     return push_to_token(bench.models, bench.rounds)
 
 
-CASES: dict[str, Callable[[Bench], list[Measurement]]] = {"vs_vllm": vs_vllm, "guards": guards, "push": push}
+CASES: dict[str, Callable[[Bench], list[Measurement]]] = {
+    "vs_vllm": vs_vllm,
+    "vs_vllm_lora": vs_vllm_lora,
+    "guards": guards,
+    "push": push,
+}
 
 
 def ratio(

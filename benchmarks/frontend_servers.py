@@ -22,6 +22,8 @@ from pathlib import Path
 
 from benchmarks.models import Shape, ensure_base
 from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
+from loraplex_registry.registry import Registry
+from loraplex_registry.storage.store import open_store
 from loraplex_registry.validation.base import BaseModel
 from loraplex_server.engine_vllm import inner_modules
 from loraplex_server.identity.api_keys import make_key
@@ -50,6 +52,12 @@ ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
 }
 
+OWN_ENVIRONMENT: Mapping[str, str] = {
+    key: ENVIRONMENT[key]
+    for key in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE")
+}
+"""vLLM as it starts by itself: threads bound by its own rule, the model in a process beside the engine core."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -59,6 +67,7 @@ class EngineSettings:
     batch_requests: int = 64
     slots: int = 4
     rank: int = 16
+    lora: bool = False  # slots for adapters; no call of the comparison uses one
 
 
 @dataclass
@@ -148,9 +157,18 @@ cache_dir = "{place}/cache"
 tenant_requests_max = 256
 [auth]
 keys = "keys.toml"
+{_registry(place) if engine.lora else ""}
 {more}"""
     )
     return path, key
+
+
+def _registry(place: Path) -> str:
+    """Settings of a registry with nothing in it."""
+    registry = Registry(open_store((place / "registry").as_uri()))
+    registry.initialise()
+    (place / "policy.toml").write_text('version = 1\ndefault = "deny"\n')
+    return f'[registry]\nurl = "{registry.url}"\npolicy = "policy.toml"'
 
 
 @contextlib.contextmanager
@@ -178,17 +196,16 @@ def our_server(
 
 
 @contextlib.contextmanager
-def vllm_server(place: Path, base: Path, engine: EngineSettings, *, wrapper: str) -> Iterator[Server]:
-    """Run vLLM's own OpenAI server with the settings that our server gives its engine, until the block ends.
-
-    `wrapper` is the LoRA wrapper on CPU: "grouped" (ours, as in our server) or "stock".
-    """
+def vllm_server(
+    place: Path, base: Path, engine: EngineSettings, *, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    """Run vLLM's own OpenAI server with the settings that our server gives its engine, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_vllm_options(base, engine, port)]
-    log = place / f"vllm-{wrapper}.log"
-    with _process(command, log, {**ENVIRONMENT, "LORAPLEX_CPU_LORA": wrapper}, talks=False) as process:
+    log = place / f"vllm-{port}.log"
+    with _process(command, log, {**environment, "LORAPLEX_CPU_LORA": "grouped"}, talks=False) as process:
         until = time.monotonic() + START_S_MAX
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > until:
@@ -199,13 +216,24 @@ def vllm_server(place: Path, base: Path, engine: EngineSettings, *, wrapper: str
 
 def _vllm_options(base: Path, engine: EngineSettings, port: int) -> list[str]:
     """The command line that says what `engine_vllm._engine_arguments` says for our settings."""
-    modules = inner_modules(BaseModel.from_directory(base))
+    slots = str(engine.slots)
+    lora = (
+        *(
+            "--enable-lora",
+            "--max-loras",
+            slots,
+            "--max-cpu-loras",
+            slots,
+            "--max-lora-rank",
+            str(engine.rank),
+        ),
+        *("--lora-target-modules", *inner_modules(BaseModel.from_directory(base))),
+    )
     return [
         *("--model", str(base), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "bfloat16", "--seed", "0", "--enforce-eager", "--enable-prefix-caching"),
         *("--max-model-len", str(engine.context_tokens), "--max-num-seqs", str(engine.batch_requests)),
-        *("--enable-lora", "--max-loras", str(engine.slots), "--max-cpu-loras", str(engine.slots)),
-        *("--max-lora-rank", str(engine.rank), "--lora-target-modules", *modules),
+        *(lora if engine.lora else ()),
         "--disable-uvicorn-access-log",
     ]
 
@@ -229,7 +257,8 @@ def _process(
             stdout=subprocess.PIPE if talks else stderr,
             stderr=stderr,
             text=True,
-            env=os.environ | environment,
+            env={key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
+            | dict(environment),
             start_new_session=True,
         )
     try:

@@ -192,6 +192,11 @@ class Config:
         return self.tenants.get(name) or _default_tenant(self.limits)
 
     @property
+    def serves_adapters(self) -> bool:
+        """Whether the engine needs slots for adapters at all: without a registry there is none to bring in."""
+        return bool(self.registry.url)
+
+    @property
     def adapter_bytes_max(self) -> int:
         """Largest weights file accepted, in bytes."""
         return self.adapters.size_mib_max * _MIB

@@ -1,9 +1,9 @@
-"""The engine: vLLM's AsyncLLM with one quantized base model and LoRA on. The only module here that knows vLLM.
+"""The engine: vLLM's AsyncLLM with one quantized base model, and LoRA on where there is a registry.
 
 Promises: the base is in memory once, whatever the number of adapters; adapters enter by `load` alone, before a
 request names them (a lazy load that fails inside a step ends vLLM for everybody); on CPU it refuses to start
 unless the correct LoRA wrapper is really in the model's layers; vLLM never evicts on its own, because it is
-never given more adapters than it has slots.
+never given more adapters than it has slots. With `vllm_values` the only module here that knows vLLM.
 """
 
 import asyncio
@@ -119,7 +119,8 @@ class VllmEngine:
                 int8_checkpoint, directory, digest=self._base.digest, cache_dir=self._cache_dir
             )
         await self._start_vllm(served)
-        await self._refuse_wrong_lora()
+        if self._config.serves_adapters:
+            await self._refuse_wrong_lora()
         self._trials = FormTrials(sandbox_command(directory, self._vocab_size))
         if self.task == "generate":
             await self._warm_up()
@@ -139,7 +140,7 @@ class VllmEngine:
         try:
             self._llm = llm = await asyncio.shield(self._starting)
             # It begins to listen to its engine core with the first question that is asked in this loop.
-            await llm.list_loras()
+            await llm.collective_rpc("loraplex_memory")
         except Exception as error:
             raise EngineUnavailableError(
                 f"vLLM could not start {self._config.model.path}: {error}"
@@ -292,6 +293,8 @@ class VllmEngine:
 
     async def loaded(self) -> frozenset[int]:
         """See `Engine.loaded`."""
+        if not self._config.serves_adapters:
+            return frozenset()
         return frozenset(await self._vllm.list_loras())
 
     async def check(self) -> None:
@@ -380,10 +383,6 @@ def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[
         "enforce_eager": config.model.eager,
         "enable_prefix_caching": True,
         "trust_remote_code": False,
-        "enable_lora": True,
-        "max_loras": config.adapters.slots,
-        "max_cpu_loras": config.adapters.slots,
-        "max_lora_rank": config.engine_rank,
         "worker_extension_cls": WORKER_EXTENSION,
     }
     if config.model.task == "embed":
@@ -391,14 +390,28 @@ def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[
     else:
         # By name: left to itself vLLM keeps for good whatever library the first form happened to need.
         arguments["structured_outputs_config"] = {"backend": "xgrammar"}
-    if not config.adapters.embeddings:
-        # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
-        arguments["lora_target_modules"] = inner_modules(base) or None
+    if config.serves_adapters:
+        arguments |= _lora_arguments(config, base)
     if config.model.context_tokens:
         arguments["max_model_len"] = config.model.context_tokens
     if config.model.quantization == "nf4":
         # In-flight by vllm-bnb-plugin: reads bf16 weights, keeps NF4 ones.
         arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+    return arguments
+
+
+def _lora_arguments(config: Config, base: BaseModel) -> dict[str, Any]:
+    """What vLLM needs for adapters, and what slows every step down a little even while none is in use."""
+    slots = config.adapters.slots
+    arguments: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": slots,
+        "max_cpu_loras": slots,
+        "max_lora_rank": config.engine_rank,
+    }
+    if not config.adapters.embeddings:
+        # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
+        arguments["lora_target_modules"] = inner_modules(base) or None
     return arguments
 
 
