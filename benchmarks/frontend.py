@@ -11,7 +11,9 @@ first token of what it pushed. README.md has the method.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -128,6 +130,23 @@ def against_http(bench: Bench, engine: EngineSettings, suffix: str) -> list[Meas
     ]
 
 
+def engine(bench: Bench) -> list[Measurement]:
+    """The same engine without a port: what no front end can exceed."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.engine_alone",
+        str(ensure_tiny(bench.models)),
+        str(bench.rounds),
+    ]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    rounds = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    return [
+        summarize("engine_alone_tok_s", [one["tok_s"] for one in rounds], "tokens/s"),
+        summarize("engine_alone_ttft_p99_s", [one["ttft_p99_s"] for one in rounds], "s"),
+    ]
+
+
 def guards(bench: Bench) -> list[Measurement]:
     """One server, through the port with authentication, admission and metrics, and through the one without."""
     base = ensure_tiny(bench.models)
@@ -161,6 +180,7 @@ def push(bench: Bench) -> list[Measurement]:
 CASES: dict[str, Callable[[Bench], list[Measurement]]] = {
     "vs_vllm": vs_vllm,
     "vs_vllm_lora": vs_vllm_lora,
+    "engine": engine,
     "guards": guards,
     "push": push,
 }

@@ -6,14 +6,13 @@ that says what is missing, and never imports the server or the trainer itself.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
-from loraplex_client.client import Client
+from loraplex_client.connecting import add_connection, connected
 from loraplex_client.errors import LoraplexError
 from loraplex_client.types import (
     ChatMessage,
@@ -24,14 +23,13 @@ from loraplex_client.types import (
     Prompt,
     Regex,
     Sampling,
-    Tls,
 )
 
 GROUP = "loraplex.commands"
 SUMMARIES = {
+    "adapters": "what a running server holds; load, pin, validate, roll out",
     "demo": "watch the whole product work on this machine",
     "generate": "call a running server",
-    "load": "bring an adapter into a running server",
     "serve": "hold one base model and serve tenants' adapters over gRPC",
     "train": "train an adapter, and publish it signed",
 }
@@ -90,7 +88,7 @@ def generate_main(arguments: Sequence[str] | None = None) -> int:
     prompt: Prompt = options.prompt if options.raw else (ChatMessage("user", options.prompt),)
     try:
         sampling = _sampling(options)
-        with Client(options.server, api_key=os.environ.get("LORAPLEX_API_KEY"), tls=_tls(options)) as client:
+        with connected(options) as client:
             stream = client.stream(
                 prompt,
                 adapter=options.adapter,
@@ -140,12 +138,6 @@ def _told(completion: Completion, *, as_json: bool) -> str:
     return "\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(completion.choices))
 
 
-def _tls(options: argparse.Namespace) -> Tls | None:
-    if not (options.tls or options.ca or options.cert or options.key):
-        return None
-    return Tls(ca=options.ca, certificate=options.cert, key=options.key)
-
-
 def _generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loraplex generate",
@@ -155,11 +147,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", default="", help="tenant/adapter[@tag]; without it the base model answers"
     )
-    parser.add_argument("--server", default=os.environ.get("LORAPLEX_SERVER", "127.0.0.1:8470"))
-    parser.add_argument("--tls", action="store_true", help="encrypt the connection; the others imply it")
-    parser.add_argument("--ca", metavar="FILE", default="", help="believe these issuers (PEM)")
-    parser.add_argument("--cert", metavar="FILE", default="", help="the client's own certificate (PEM)")
-    parser.add_argument("--key", metavar="FILE", default="", help="its private key (PEM)")
+    add_connection(parser)
     parser.add_argument("--raw", action="store_true", help="send the prompt as it is, without chat template")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--session", default="", help="calls of one session get the same tag of a split")
