@@ -25,8 +25,8 @@ from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_registry.registry import Registry
 from loraplex_registry.storage.store import open_store
 from loraplex_registry.validation.base import BaseModel
-from loraplex_server.engine_vllm import inner_modules
 from loraplex_server.identity.api_keys import make_key
+from loraplex_server.vllm_settings import inner_modules
 
 START_S_MAX = 240.0
 STOP_S_MAX = 60.0
@@ -215,7 +215,7 @@ def vllm_server(
 
 
 def _vllm_options(base: Path, engine: EngineSettings, port: int) -> list[str]:
-    """The command line that says what `engine_vllm._engine_arguments` says for our settings."""
+    """The command line that says what `vllm_settings.engine_arguments` says for our settings."""
     slots = str(engine.slots)
     lora = (
         *(

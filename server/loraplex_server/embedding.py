@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loraplex_server.admission import Account, Admission, encode, together
+from loraplex_server.account import Account
+from loraplex_server.admission import Admission, encode, together
 from loraplex_server.calls import current_call
 from loraplex_server.engine import EngineEmbedRequest
 from loraplex_server.errors import ContextTooLongError

@@ -3,14 +3,13 @@
 Promises: the base is in memory once, whatever the number of adapters; adapters enter by `load` alone, before a
 request names them (a lazy load that fails inside a step ends vLLM for everybody); on CPU it refuses to start
 unless the correct LoRA wrapper is really in the model's layers; vLLM never evicts on its own, because it is
-never given more adapters than it has slots. With `vllm_values` the only module here that knows vLLM.
+never given more adapters than it has slots. With `vllm_settings` and `vllm_values` all here that knows vLLM.
 """
 
 import asyncio
 import contextlib
 import logging
 import multiprocessing
-import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,8 @@ from loraplex_server.engine import (
 from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from loraplex_server.form_trials import FormTrials, sandbox_command
 from loraplex_server.quantize import int8_checkpoint
-from loraplex_server.vllm_plugin import GROUPED_WRAPPER, WORKER_EXTENSION
+from loraplex_server.vllm_plugin import GROUPED_WRAPPER
+from loraplex_server.vllm_settings import engine_arguments, set_environment
 from loraplex_server.vllm_values import (
     chunks,
     embedding,
@@ -149,11 +149,11 @@ class VllmEngine:
         self._vocab_size = llm.model_config.get_vocab_size()
 
     def _make_llm(self, directory: Path) -> "AsyncLLM":
-        _set_environment(self._config)
+        set_environment(self._config)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = AsyncEngineArgs(**_engine_arguments(self._config, directory, self.base))
+        arguments = AsyncEngineArgs(**engine_arguments(self._config, directory, self.base))
         return AsyncLLM.from_vllm_config(arguments.create_engine_config(), disable_log_stats=False)
 
     async def _refuse_wrong_lora(self) -> None:
@@ -351,72 +351,3 @@ def _load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-def _set_environment(config: Config) -> None:
-    """Settings that vLLM takes from the environment only; what the operator set stays."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.model.kv_cache_gib))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Expressions that reach vLLM passed `form_trials`, which bounds CPU time; vLLM's own five seconds are of the clock,
-    # and refuse on a busy machine what they take on an idle one.
-    os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "60")
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        # vLLM would put the model into a process of its own, and the engine core would poll for its answers: on
-        # few cores that polling takes much of the throughput (docs/adr/0001). The engine core is a
-        # process of its own in any case.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "model": str(directory),
-        "served_model_name": config.model.name,
-        "dtype": config.model.dtype,
-        "seed": config.model.seed,
-        "max_num_seqs": config.model.batch_requests,
-        "gpu_memory_utilization": config.model.gpu_memory_fraction,
-        "enforce_eager": config.model.eager,
-        "enable_prefix_caching": True,
-        "trust_remote_code": False,
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
-    if config.model.task == "embed":
-        arguments |= {"runner": "pooling", "convert": "embed"}
-    else:
-        # By name: left to itself vLLM keeps for good whatever library the first form happened to need.
-        arguments["structured_outputs_config"] = {"backend": "xgrammar"}
-    if config.serves_adapters:
-        arguments |= _lora_arguments(config, base)
-    if config.model.context_tokens:
-        arguments["max_model_len"] = config.model.context_tokens
-    if config.model.quantization == "nf4":
-        # In-flight by vllm-bnb-plugin: reads bf16 weights, keeps NF4 ones.
-        arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
-    return arguments
-
-
-def _lora_arguments(config: Config, base: BaseModel) -> dict[str, Any]:
-    """What vLLM needs for adapters, and what slows every step down a little even while none is in use."""
-    slots = config.adapters.slots
-    arguments: dict[str, Any] = {
-        "enable_lora": True,
-        "max_loras": slots,
-        "max_cpu_loras": slots,
-        "max_lora_rank": config.engine_rank,
-    }
-    if not config.adapters.embeddings:
-        # Otherwise vLLM reserves slots x rank x vocabulary twice, for adapters that hardly anybody makes.
-        arguments["lora_target_modules"] = inner_modules(base) or None
-    return arguments
-
-
-def inner_modules(base: BaseModel) -> list[str]:
-    """Last names of a base's linear layers, such as "q_proj", without embedding and output layer."""
-    return sorted(
-        {name.rpartition(".")[2] for name, shape in base.layers.items() if base.vocab_size not in shape}
-    )

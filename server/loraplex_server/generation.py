@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from loraplex_server.admission import Account, Admission, Place, encode, together
+from loraplex_server.account import Account
+from loraplex_server.admission import Admission, Place, encode, together
 from loraplex_server.calls import current_call
 from loraplex_server.engine import Engine, EngineChunk, EngineRequest, Sampling
 from loraplex_server.events import Ended, Piece, Send

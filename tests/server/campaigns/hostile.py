@@ -67,8 +67,23 @@ def _message(rng: random.Random) -> bytes:
         return rng.randbytes(rng.randrange(300))
     request = generation_pb2.GenerateRequest(
         adapter=rng.choice(
-            ["", "acme/orders", "acme/orders@prod", "../x", "a/b/c", "@", "acme/" + "x" * 5000, "ä/ö", "\x00"]
+            [
+                "",
+                "acme/orders",
+                "acme/orders@prod",
+                "../x",
+                "a/b/c",
+                "@",
+                "acme/" + "x" * 5000,
+                "ä/ö",
+                "\x00",
+                "acme/orders@prod=1,canary=1",
+                "acme/orders@prod=0",
+                "acme/orders@a=1,a=1",
+                "acme/orders@" + "a=1," * 999,
+            ]
         ),
+        session=rng.choice(["", "s", "\x00" * 100, "x" * 200]),
         request_id=rng.choice(["", "ok", "\n", "x" * 200]),
         priority=rng.choice([0, -(2**31), 2**31 - 1]),
     )
@@ -85,9 +100,30 @@ def _message(rng: random.Random) -> bytes:
             setattr(sampling, field_name, rng.choice([0.0, 1.0, -1.0, 1e30, float("nan"), float("inf")]))
     if rng.random() < 0.5:
         sampling.max_tokens = rng.choice([0, 1, 3, 2**32 - 1])
+    for field_name in ("n", "logprobs", "min_tokens"):
+        if rng.random() < 0.2:
+            setattr(sampling, field_name, rng.choice([0, 1, 2, 17, 2**32 - 1]))
+    if rng.random() < 0.2:
+        _absurd_form(sampling.structured_output, rng)
     sampling.stop.extend(rng.choice([[], ["x"], [""], ["y"] * 40]))
     body = bytearray(request.SerializeToString())
     for _ in range(rng.choice([0, 0, 1, 3])):
         if body:
             body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
     return bytes(body[: rng.randrange(len(body) + 1)] if rng.random() < 0.1 else body)
+
+
+def _absurd_form(form: generation_pb2.StructuredOutput, rng: random.Random) -> None:
+    kind = rng.randrange(5)
+    if kind == 0:
+        form.json_schema = rng.choice(
+            ["", "{}", "[]", '{"type":' * 500, '{"$ref":"#"}', '{"type":"object"}', "\x00"]
+        )
+    elif kind == 1:
+        form.regex = rng.choice(["", "(", "(a*)*b", "a{1,99999}", "(" * 5000, "\\"])
+    elif kind == 2:
+        form.grammar = rng.choice(["", "root ::= root", 'root ::= "a" root | ""', "x" * 70_000])
+    elif kind == 3:
+        form.choice.texts.extend(rng.choice([[], [""], ["a", "a"], ["yes", "no"], ["x" * 9000], ["c"] * 300]))
+    else:
+        form.SetInParent()
