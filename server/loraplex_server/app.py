@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import sys
 import time
@@ -220,6 +221,9 @@ async def serve(config: Config) -> int:
         print(
             f"ready: {config.model.name} ({config.model.quantization}), gRPC on {host}:{app.port}, "
             f"{http}metrics on http://{host}:{app.metrics_port}/metrics",
+            file=sys.stderr
+            if config.server.access_log == "json"
+            else sys.stdout,  # JSON has stdout to itself
             flush=True,
         )
         watching = asyncio.create_task(app.wait())
@@ -246,7 +250,10 @@ def _freeze_heap() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`loraplex serve`: exit status 0 after a signal, 1 when the engine failed, 2 for wrong settings."""
+    """`loraplex serve`: exit status 0 after a signal, 1 when the engine failed, 2 for wrong settings.
+
+    Once the server has run the process ends here; it never returns then.
+    """
     parser = argparse.ArgumentParser(
         prog="loraplex serve", description="Serve one base model and many tenants' adapters over gRPC."
     )
@@ -261,8 +268,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if config.server.access_log == "json":
             send_json_lines_to_stdout()
-        import uvloop
+    except ConfigError as error:
+        print(f"loraplex serve: {error}", file=sys.stderr)
+        return 2
+    _leave(_run(config))
 
+
+def _run(config: Config) -> int:
+    import uvloop
+
+    # Processes are started while gRPC runs, and none of them uses it: its handlers for that only warn.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    try:
         return int(uvloop.run(serve(config)))
     except ConfigError as error:
         print(f"loraplex serve: {error}", file=sys.stderr)
@@ -270,6 +287,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ServerError, EngineUnavailableError) as error:
         print(f"loraplex serve: {error}", file=sys.stderr)
         return 1
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process now that all is closed: libraries of the engine would fill the screen on their way out."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

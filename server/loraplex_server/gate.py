@@ -50,7 +50,9 @@ class Gate:
     def backend(self) -> Backend:
         """The backend. Raises EngineUnavailableError while there is none."""
         if self._backend is None:
-            raise EngineUnavailableError("the server is starting or stopping", retry_after_s=2.0)
+            raise EngineUnavailableError(
+                "the server is starting, stopping, or replacing its engine", retry_after_s=2.0
+            )
         return self._backend
 
     async def resolve(

@@ -14,6 +14,9 @@ def set_environment(config: Config) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.model.kv_cache_gib))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault(
+        "VLLM_LOGGING_STREAM", "ext://sys.stderr"
+    )  # what is on stdout is ours, and may be JSON
     # Expressions that reach vLLM passed `form_trials`, which bounds CPU time; vLLM's own five seconds are of the clock,
     # and refuse on a busy machine what they take on an idle one.
     os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "60")
