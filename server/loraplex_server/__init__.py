@@ -2,3 +2,8 @@
 
 `loraplex serve --config server.toml` starts it (`app`). docs/architecture.md tells the life of a request.
 """
+
+import os
+
+# Read when gRPC is imported. Processes are started while it runs, and none of them uses it: its handlers only warn.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -218,12 +218,11 @@ async def serve(config: Config) -> int:
         host = split_address(config.server.listen)[0]
         http = f"OpenAI HTTP on port {app.http_port}, " if app.http_port else ""
         _freeze_heap()
+        said = sys.stderr if config.server.access_log == "json" else sys.stdout  # which JSON has to itself
         print(
             f"ready: {config.model.name} ({config.model.quantization}), gRPC on {host}:{app.port}, "
             f"{http}metrics on http://{host}:{app.metrics_port}/metrics",
-            file=sys.stderr
-            if config.server.access_log == "json"
-            else sys.stdout,  # JSON has stdout to itself
+            file=said,
             flush=True,
         )
         watching = asyncio.create_task(app.wait())
@@ -271,14 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"loraplex serve: {error}", file=sys.stderr)
         return 2
-    _leave(_run(config))
+    return _leave(_run(config))
 
 
 def _run(config: Config) -> int:
     import uvloop
 
-    # Processes are started while gRPC runs, and none of them uses it: its handlers for that only warn.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         return int(uvloop.run(serve(config)))
     except ConfigError as error:
