@@ -8,30 +8,67 @@ what a call may generate (`n` times `max_tokens`), some tens of bytes a token. F
 import asyncio
 from collections.abc import Awaitable, Sequence
 
-from loraplex_server.engine import EngineChunk
+from loraplex_server.engine import EngineChunk, TokenLogprobs
 from loraplex_server.events import Event, Piece, Send
+
+
+class _Gathered:
+    """Chunks of one completion, put together only when they are taken: so that a long wait costs no copies."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._cached_tokens: int | None = None
+        self._finish: str | None = None
+
+    def add(self, chunk: EngineChunk) -> None:
+        """Add the next chunk."""
+        self._texts.append(chunk.text)
+        self._token_ids += chunk.token_ids
+        self._logprobs += chunk.logprobs
+        if self._cached_tokens is None:
+            self._cached_tokens = chunk.cached_tokens
+        self._finish = chunk.finish_reason
+
+    def piece(self) -> Piece:
+        """Return all of them as one."""
+        chunk = EngineChunk(
+            "".join(self._texts),
+            tuple(self._token_ids),
+            self._cached_tokens or 0,
+            self._finish,
+            tuple(self._logprobs),
+        )
+        return Piece(self.index, chunk)
 
 
 class Outbox:
     """See the module."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[Event | _Gathered] = []
         self._ended = False
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
-        """Add an event; a piece is joined with those of the same completion that have not been taken yet."""
+        """Add an event; a piece is gathered with those of the same completion that have not been taken yet."""
         if isinstance(event, Piece):
-            for place in range(len(self._events) - 1, -1, -1):
-                before = self._events[place]
-                if not isinstance(before, Piece):
-                    break
-                if before.index == event.index:
-                    self._events[place] = Piece(event.index, joined(before.chunk, event.chunk))
-                    return
-        self._events.append(event)
+            self._gathered(event.index).add(event.chunk)
+        else:
+            self._events.append(event)
         self._wake()
+
+    def _gathered(self, index: int) -> "_Gathered":
+        for before in reversed(self._events):
+            if not isinstance(before, _Gathered):
+                break
+            if before.index == index:
+                return before
+        found = _Gathered(index)
+        self._events.append(found)
+        return found
 
     def end(self) -> None:
         """Say that no event will come any more."""
@@ -44,7 +81,7 @@ class Outbox:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
         taken, self._events = self._events, []
-        return taken
+        return [event.piece() if isinstance(event, _Gathered) else event for event in taken]
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -77,14 +114,3 @@ async def pass_on(outbox: Outbox, work: Awaitable[None], send: Send) -> None:
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
-
-
-def joined(first: EngineChunk, second: EngineChunk) -> EngineChunk:
-    """Return two chunks of one completion that follow each other as one."""
-    return EngineChunk(
-        first.text + second.text,
-        first.token_ids + second.token_ids,
-        first.cached_tokens,
-        second.finish_reason,
-        first.logprobs + second.logprobs,
-    )

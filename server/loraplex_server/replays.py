@@ -7,7 +7,7 @@ while. The same id with other content is refused. What failed is not remembered:
 Promises: a call that joined or was told again generates nothing and is no accepted generation of its own; it is held
 like one (`Scheduler.hold`), so its tenant's quotas bound it. Memory is bounded whatever readers do: a generation's
 events are kept in full up to ANSWER_BYTES_MAX; beyond that it can no longer be joined, only what its slowest reader has
-yet to be told is kept, and when that reaches the bound the engine's output waits for that reader. Complete answers are
+yet to be told is kept, and when that reaches the bound the rest waits in the generation's outbox. Complete answers are
 kept for `keep_s` seconds, ANSWERS_MAX of them and KEPT_BYTES_MAX in all at most, the oldest forgotten first.
 """
 
