@@ -216,6 +216,10 @@ def _text(message: Any) -> str:
                 part.ClearField(name)
     if _has(message, "end"):
         message.end.ClearField("timings")
+    if isinstance(message, apb.ValidateAdapterResponse):
+        for check in message.checks:
+            if check.name == "clock":  # what the server's clock shows
+                check.ClearField("detail")
     return str(message)
 
 
