@@ -11,9 +11,9 @@ from typing import Any, cast
 from loraplex_registry.errors import DigestMismatchError
 from loraplex_registry.registry import StagedAdapter
 from loraplex_registry.validation.base import BaseModel
+from loraplex_server.adapters.residency import Residency
+from loraplex_server.adapters.versions import AdapterVersion, Progress
 from loraplex_server.errors import EngineUnavailableError
-from loraplex_server.residency import Residency
-from loraplex_server.versions import AdapterVersion, Progress
 from tests.sim.engine import SimEngine
 
 BASE = BaseModel("sim", "sha256:" + "0" * 64, {"layer": (4, 4)}, 1000, 4, 64)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_client import AdapterNotFoundError, UnauthenticatedError
-from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.journey import Journey
+from loraplex_server.observability.access_log import AccessLog, send_json_lines_to_stdout
+from loraplex_server.observability.journey import Journey
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running
 

@@ -22,7 +22,7 @@ from loraplex_client import (
 )
 from loraplex_client._core import Collector
 from loraplex_protos.v1 import generation_pb2 as gpb
-from loraplex_server.engine import Form
+from loraplex_server.engine.protocol import Form
 from loraplex_server.identity.api_keys import make_key
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running, until

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from loraplex_protos.v1 import generation_pb2 as pb
-from loraplex_server import form_trials
-from loraplex_server.engine import Form
+from loraplex_server.engine import form_trials
+from loraplex_server.engine.choices import choice_grammar
+from loraplex_server.engine.form_trials import FormTrials
+from loraplex_server.engine.protocol import Form
 from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
-from loraplex_server.form_trials import FormTrials
-from loraplex_server.forms import FORM_BYTES_MAX, SCHEMA_DEPTH_MAX, choice_grammar, parse_form
-from loraplex_server.schemas import check_schema
+from loraplex_server.requests.forms import FORM_BYTES_MAX, SCHEMA_DEPTH_MAX, parse_form
+from loraplex_server.requests.schemas import check_schema
 from tests.server.rig import until
 
 

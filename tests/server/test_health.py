@@ -10,10 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex_registry.refs import AdapterRef
-from loraplex_server import health
+from loraplex_server.adapters.residency import State
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.ports import SERVICES
-from loraplex_server.residency import State
+from loraplex_server.ports import health
+from loraplex_server.ports.ports import SERVICES
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, reason_of, running, until
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loraplex_server.errors import InvalidRequestError
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.openai_wire import parse_json, parse_request
+from loraplex_server.ports.openai_wire import parse_json, parse_request
 from tests.registry.pki import Authority
 from tests.server.conftest import Shop
 from tests.server.rig import Rig, running, until

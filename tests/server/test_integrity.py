@@ -8,8 +8,8 @@ import pytest
 
 from loraplex_registry.errors import DigestMismatchError
 from loraplex_registry.refs import AdapterRef
-from loraplex_server import integrity
-from loraplex_server.integrity import CPU_SHARE_MAX, PAUSE_S_MIN, Patrol
+from loraplex_server.adapters import integrity
+from loraplex_server.adapters.integrity import CPU_SHARE_MAX, PAUSE_S_MIN, Patrol
 from tests.server.conftest import Shop
 from tests.server.residency_rig import make_rig, use, version
 from tests.server.rig import FOUR, Rig, running, until

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_server.beat import Beat
-from loraplex_server.engine import EngineChunk
-from loraplex_server.events import Ended, Event, Piece, Started
-from loraplex_server.outbox import Outbox, pass_on
+from loraplex_server.calls.events import Ended, Event, Piece, Started
+from loraplex_server.calls.outbox import Outbox, pass_on
+from loraplex_server.engine.beat import Beat
+from loraplex_server.engine.protocol import EngineChunk
 
 STARTED = Started(
     request_id="r", base_model="b", base_digest="", adapter="", adapter_digest="", adapter_was_resident=False

@@ -4,8 +4,8 @@ import pytest
 
 from loraplex_client import AdapterNotFoundError, AsyncClient, UnavailableError, Validation
 from loraplex_registry.trust.verdict import CHECKS
+from loraplex_server.adapters.preflight import slot_bytes
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.preflight import slot_bytes
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running
 

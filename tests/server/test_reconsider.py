@@ -10,7 +10,7 @@ from loraplex_registry.refs import AdapterRef
 from loraplex_registry.trust.policy import TrustedKey
 from loraplex_registry.trust.revocations import Revocation
 from loraplex_registry.trust.revoking import append
-from loraplex_server.versions import AdapterVersion
+from loraplex_server.adapters.versions import AdapterVersion
 from tests.server.conftest import POLICY, Shop
 from tests.server.rig import FOUR, running, until
 

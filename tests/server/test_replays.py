@@ -19,11 +19,11 @@ from loraplex_client import (
     Sampling,
     UnavailableError,
 )
-from loraplex_server import replays
-from loraplex_server.engine import Candidate, EngineChunk, TokenLogprobs
-from loraplex_server.events import Event, Piece
+from loraplex_server.calls import replays
+from loraplex_server.calls.events import Event, Piece
+from loraplex_server.calls.replays import _bytes, _Telling
+from loraplex_server.engine.protocol import Candidate, EngineChunk, TokenLogprobs
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.replays import _bytes, _Telling
 from tests.server.conftest import Shop
 from tests.server.rig import Rig, running, until
 from tests.server.test_http_api import HTTP, asking

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loraplex_protos.v1 import generation_pb2 as pb
 from loraplex_server.errors import ContextTooLongError, InvalidRequestError
-from loraplex_server.requests import check_token_ids, final_sampling, parse_generate
+from loraplex_server.requests.messages import check_token_ids, final_sampling, parse_generate
 
 
 def message(**changes: object) -> pb.GenerateRequest:

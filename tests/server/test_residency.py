@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraplex_registry.errors import DigestMismatchError, StoreUnavailableError, UnsupportedAdapterError
+from loraplex_server.adapters.residency import State
 from loraplex_server.errors import AdapterNotReadyError
-from loraplex_server.residency import State
 from tests.server.residency_rig import make_rig, use, version
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.residency_books import DRAWING, Books, Record, State
+from loraplex_server.adapters.books import DRAWING, Books, Record, State
 
 MOVES = st.lists(st.tuples(st.integers(0, 5), st.sampled_from(State), st.integers(1, 6)), max_size=60)
 

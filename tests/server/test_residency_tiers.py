@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from loraplex_registry.errors import RevokedError, StoreUnavailableError, UnsupportedAdapterError
-from loraplex_server.engine import EngineAdapter
+from loraplex_server.adapters.residency import State
+from loraplex_server.engine.protocol import EngineAdapter
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
-from loraplex_server.residency import State
 from tests.server.residency_rig import SIZE, make_rig, use, version
 from tests.server.rig import until
 

@@ -3,7 +3,8 @@
 from google.rpc import error_details_pb2
 
 from loraplex_registry.errors import RegistryError
-from loraplex_server.calls import DeadlineExceededError
+from loraplex_server.calls.guard import DeadlineExceededError
+from loraplex_server.calls.status import INTERNAL, STATUS_OF_REASON, failure_of
 from loraplex_server.errors import (
     ConfigError,
     InvalidRequestError,
@@ -11,7 +12,6 @@ from loraplex_server.errors import (
     ServerError,
     TenantQuotaError,
 )
-from loraplex_server.status import INTERNAL, STATUS_OF_REASON, failure_of
 
 
 def subclasses(kind: type[Exception]) -> set[type[Exception]]:

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from loraplex_client import AdapterRefusedError, AsyncClient, Sampling, UnavailableError
 from loraplex_server import app
 from loraplex_server.config import parse_config
+from loraplex_server.engine.supervision import Supervisor
 from loraplex_server.errors import EngineUnavailableError
 from loraplex_server.metrics import Metrics
-from loraplex_server.supervision import Supervisor
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, running, until
 from tests.server.test_reconsider import WITH_REVOKERS, revoke

@@ -16,7 +16,7 @@ from loraplex_client import Tls, UnauthenticatedError, UnavailableError
 from loraplex_server.config import TlsSettings
 from loraplex_server.errors import ConfigError
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.tls import server_credentials
+from loraplex_server.ports.tls import server_credentials
 from tests.registry.pki import DAY, Authority, Issued, issue
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, running

@@ -20,10 +20,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from loraplex_client import AdapterNotFoundError
 from loraplex_protos.v1 import generation_pb2 as gpb
 from loraplex_protos.v1 import generation_pb2_grpc
-from loraplex_server import observing, tracing
 from loraplex_server.config import TracingSettings
 from loraplex_server.errors import ConfigError
-from loraplex_server.journey import TraceParent, parse_traceparent
+from loraplex_server.observability import observing, tracing
+from loraplex_server.observability.journey import TraceParent, parse_traceparent
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running
 
@@ -178,7 +178,7 @@ async def test_a_collector_that_never_answers_harms_no_call_and_does_not_hold_th
 
 
 def test_tracing_without_the_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "loraplex_server.tracing", raising=False)
+    monkeypatch.delitem(sys.modules, "loraplex_server.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"pip install 'loraplex\[tracing\]'"):
         observing.make_tracing(TracingSettings(endpoint="http://127.0.0.1:9/v1/traces"))

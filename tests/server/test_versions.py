@@ -27,7 +27,7 @@ from loraplex_registry.trust.marks import MemoryMarks
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.weights import Limits
-from loraplex_server.versions import Versions
+from loraplex_server.adapters.versions import Versions
 from tests.server.conftest import Shop
 from tests.server.rig import until
 
