@@ -15,8 +15,8 @@ from loraplex_client import (
 )
 from loraplex_server.identity.api_keys import make_key
 from tests.server.conftest import Shop
+from tests.server.ports.test_http_api import HTTP, asking
 from tests.server.rig import FOUR, running, until
-from tests.server.test_http_api import HTTP, asking
 from tests.sim.engine import vector
 
 EMBED = {"model": {"task": "embed"}}

@@ -18,8 +18,8 @@ from loraplex_server.identity.api_keys import make_key
 from loraplex_server.ports.openai_wire import parse_json, parse_request
 from tests.registry.pki import Authority
 from tests.server.conftest import Shop
+from tests.server.ports.test_tls import NOW, files
 from tests.server.rig import Rig, running, until
-from tests.server.test_tls import NOW, files
 from tests.sim.engine import answer
 
 HTTP = {"server": {"http_listen": "127.0.0.1:0"}}

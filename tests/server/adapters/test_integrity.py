@@ -10,10 +10,10 @@ from loraplex_registry.errors import DigestMismatchError
 from loraplex_registry.refs import AdapterRef
 from loraplex_server.adapters import integrity
 from loraplex_server.adapters.integrity import CPU_SHARE_MAX, PAUSE_S_MIN, Patrol
+from tests.server.adapters.residency_rig import make_rig, use, version
+from tests.server.adapters.test_versions import Clock, make_versions, silent
 from tests.server.conftest import Shop
-from tests.server.residency_rig import make_rig, use, version
 from tests.server.rig import FOUR, Rig, running, until
-from tests.server.test_versions import Clock, make_versions, silent
 
 
 def patrol_of(rig: Rig) -> Patrol:

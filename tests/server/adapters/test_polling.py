@@ -20,9 +20,9 @@ from loraplex_registry.storage.store import Item, open_store
 from loraplex_registry.trust.marks import MemoryMarks
 from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.trust.verifier import Verifier
+from tests.server.adapters.test_reconsider import WITH_REVOKERS, revoke
+from tests.server.adapters.test_versions import Clock, make_versions
 from tests.server.conftest import Shop
-from tests.server.test_reconsider import WITH_REVOKERS, revoke
-from tests.server.test_versions import Clock, make_versions
 
 TAG = AdapterRef.parse("acme/orders@prod")
 

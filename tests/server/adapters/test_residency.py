@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loraplex_registry.errors import DigestMismatchError, StoreUnavailableError, UnsupportedAdapterError
 from loraplex_server.adapters.residency import State
 from loraplex_server.errors import AdapterNotReadyError
-from tests.server.residency_rig import make_rig, use, version
+from tests.server.adapters.residency_rig import make_rig, use, version
 
 
 async def test_a_hundred_callers_of_one_cold_adapter_cause_one_fetch_and_one_load(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from loraplex_registry.errors import DigestMismatchError, RevokedError, UnsupportedAdapterError
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
-from tests.server.residency_rig import SIZE, make_rig, version
+from tests.server.adapters.residency_rig import SIZE, make_rig, version
 
 NAMES = st.sampled_from("abcdef")
 EXPECTED = (

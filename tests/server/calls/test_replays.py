@@ -25,8 +25,8 @@ from loraplex_server.calls.replays import _bytes, _Telling
 from loraplex_server.engine.protocol import Candidate, EngineChunk, TokenLogprobs
 from loraplex_server.identity.api_keys import make_key
 from tests.server.conftest import Shop
+from tests.server.ports.test_http_api import HTTP, asking
 from tests.server.rig import Rig, running, until
-from tests.server.test_http_api import HTTP, asking
 
 TEN = Sampling(max_tokens=10)
 

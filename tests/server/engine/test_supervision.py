@@ -18,9 +18,9 @@ from loraplex_server.config import parse_config
 from loraplex_server.engine.supervision import Supervisor
 from loraplex_server.errors import EngineUnavailableError
 from loraplex_server.metrics import Metrics
+from tests.server.adapters.test_reconsider import WITH_REVOKERS, revoke
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, running, until
-from tests.server.test_reconsider import WITH_REVOKERS, revoke
 from tests.sim.engine import SimEngine
 
 LONG = Sampling(max_tokens=60, temperature=0)

@@ -9,7 +9,7 @@ from loraplex_registry.errors import RevokedError, StoreUnavailableError, Unsupp
 from loraplex_server.adapters.residency import State
 from loraplex_server.engine.protocol import EngineAdapter
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
-from tests.server.residency_rig import SIZE, make_rig, use, version
+from tests.server.adapters.residency_rig import SIZE, make_rig, use, version
 from tests.server.rig import until
 
 
