@@ -2,11 +2,29 @@
 
 from loraplex_server.config.addresses import split_address
 from loraplex_server.config.reading import load_config, parse_config
-from loraplex_server.config.settings import AuthSettings, Config, TenantSettings, TlsSettings, TracingSettings
+from loraplex_server.config.settings import (
+    AdapterSettings,
+    AuthSettings,
+    Config,
+    LimitSettings,
+    ModelSettings,
+    RegistrySettings,
+    RolloutSettings,
+    ServerSettings,
+    TenantSettings,
+    TlsSettings,
+    TracingSettings,
+)
 
 __all__ = [
+    "AdapterSettings",
     "AuthSettings",
     "Config",
+    "LimitSettings",
+    "ModelSettings",
+    "RegistrySettings",
+    "RolloutSettings",
+    "ServerSettings",
     "TenantSettings",
     "TlsSettings",
     "TracingSettings",
