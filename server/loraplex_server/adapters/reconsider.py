@@ -3,7 +3,7 @@
 Every `interval_s` each adapter in the engine is verified once more: by the list of revocations as it is then (asked for
 at most every `registry.revocations_ttl_s`), by the dates of keys, and by how old the list may be. One that is refused
 now is expelled: running calls end with the reason within a step of the engine. While the storage is silent, what was
-decided last holds for as long as the policy allows.
+decided last holds for as long as the policy allows. Kept answers (`replays`) are judged in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from loraplex_registry.errors import RegistryError, TrustError
 from loraplex_server.adapters.residency import Residency
-from loraplex_server.adapters.versions import Versions
+from loraplex_server.adapters.versions import AdapterVersion, Versions
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +37,20 @@ async def reconsider_all(versions: Versions, residency: Residency) -> list[str]:
     expelled = []
     for status in residency.statuses():
         version = status.version
-        try:
-            await versions.reconsider(version)
-        except TrustError as error:
+        error = await refusal(versions, version)
+        if error is not None:
             _log.warning("%s is expelled: %s", version.name, error)
             await residency.expel(version.digest, error)
             expelled.append(version.name)
-        except RegistryError as error:  # the storage; what was decided before holds
-            _log.info("%s could not be looked at again: %s", version.name, error)
     return expelled
+
+
+async def refusal(versions: Versions, version: AdapterVersion) -> TrustError | None:
+    """Return why a version that was let in before must not be used any more; None when it may."""
+    try:
+        await versions.reconsider(version)
+    except TrustError as error:
+        return error
+    except RegistryError as error:  # the storage; what was decided before holds
+        _log.info("%s could not be looked at again: %s", version.name, error)
+    return None

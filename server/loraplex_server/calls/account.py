@@ -19,12 +19,14 @@ class Account:
 
     Attributes:
         pick: the adapter's version that answers; None for the base model, and until it is known.
+        answered: by digest the versions that were leased; several where completions went over to the stable one.
         last: when the engine gave something last, of `time.monotonic`.
         adapter_s: seconds from arrival until the adapter was leased; 0 for the base model.
     """
 
     def __init__(self, metrics: Metrics, journey: Journey) -> None:
         self.pick: Pick | None = None
+        self.answered: dict[str, AdapterVersion] = {}
         self.last = journey.arrived
         self.adapter_s = 0.0
         self._metrics = metrics
@@ -80,8 +82,9 @@ class Account:
         """This is the version of the adapter that answers."""
         self._journey.adapter, self._journey.adapter_digest = version.name, version.digest
 
-    def adapter_ready(self, *, was_resident: bool) -> None:
-        """The adapter is leased; counted when it is so for the first time."""
+    def adapter_ready(self, version: AdapterVersion, *, was_resident: bool) -> None:
+        """A version of the adapter is leased; counted when it is so for the first time."""
+        self.answered[version.digest] = version
         if not self.adapter_s:
             self.adapter_s = time.monotonic() - self._journey.arrived
             self._metrics.adapter_ready(self.adapter_s, was_resident=was_resident)

@@ -162,7 +162,7 @@ class Admission:
                     if pick.version is tried and not await pick.instead(error):
                         raise
                     account.serves_instead(pick.version)
-            account.adapter_ready(was_resident=lease.was_resident)
+            account.adapter_ready(tried, was_resident=lease.was_resident)
             yield lease
 
     def salt(self, account: Account) -> str:

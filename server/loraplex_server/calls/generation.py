@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 
+from loraplex_server.adapters.versions import AdapterVersion
 from loraplex_server.calls.account import Account
 from loraplex_server.calls.admission import Admission, Place, encode, together
 from loraplex_server.calls.events import Ended, Piece, Send
@@ -28,12 +29,15 @@ class Generation:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
 
-    async def run(self, parse: Callable[[Backend], GenerateCall], send: Send) -> None:
+    async def run(self, parse: Callable[[Backend], GenerateCall], send: Send) -> list[AdapterVersion]:
         """Generate for the current call.
 
         Args:
             parse: returns the checked request; raises InvalidRequestError.
             send: takes each event, in order.
+
+        Returns:
+            Every adapter version that answered; none for the base model.
 
         Raises:
             ServerError, RegistryError: why not.
@@ -52,6 +56,7 @@ class Generation:
                 work = together([answer.complete(index) for index in range(wanted.choices)])
                 await pass_on(outbox, work, send)
                 await send(answer.end())
+                return list(account.answered.values())
 
 
 async def _final(engine: Engine, wanted: GenerateCall) -> tuple[tuple[int, ...], Sampling]:

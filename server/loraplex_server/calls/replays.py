@@ -4,6 +4,10 @@ The second joins while the first runs: it is told every event from the beginning
 goes on while anybody listens and is cancelled when the last one leaves. An answer that is complete is told again for a
 while. The same id with other content is refused. What failed is not remembered: the next call tries again.
 
+An answer is told again only while every adapter version that gave it may be used (`reconsider`, as of those in the
+engine); else it is forgotten, and the call is one like any other, which is refused if the adapter is. Ids belong to the
+whole principal: a caller whose role changed finds nothing of before.
+
 Promises: a call that joined or was told again generates nothing and is no accepted generation of its own; it is held
 like one (`Scheduler.hold`), so its tenant's quotas bound it. Memory is bounded whatever readers do: a generation's
 events are kept in full up to ANSWER_BYTES_MAX; beyond that it can no longer be joined, only what its slowest reader has
@@ -18,12 +22,15 @@ from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
 from loraplex_protos.v1 import generation_pb2 as gpb
+from loraplex_server.adapters.reconsider import refusal
+from loraplex_server.adapters.versions import AdapterVersion
 from loraplex_server.calls.events import Event, Piece, Send
 from loraplex_server.calls.gate import Backend, Gate
 from loraplex_server.calls.generation import Generation
 from loraplex_server.calls.guard import current_call
 from loraplex_server.engine.protocol import EngineChunk
 from loraplex_server.errors import EngineUnavailableError, RequestIdReusedError
+from loraplex_server.identity.principals import Principal
 from loraplex_server.requests.messages import GenerateCall, is_request_id
 
 ANSWER_BYTES_MAX: Final = 4 << 20
@@ -36,8 +43,8 @@ TOKEN_BYTES: Final = 256
 LETTER_BYTES: Final = 4
 """What a character of text takes at most."""
 
-Key = tuple[str, str, str]
-"""Tenant and name of the caller, and its request id."""
+Key = tuple[Principal, str]
+"""The caller with what it may do, and its request id."""
 
 
 class ReplayEvents(Protocol):
@@ -78,7 +85,7 @@ class Replays:
             await self._generation.run(parse, send)
             return
         principal, fingerprint = current_call().principal, _fingerprint(message)
-        key = principal.tenant, principal.name, message.request_id
+        key = principal, message.request_id
         telling = self._running.get(key) or self._complete.get(key)
         if telling is None:
             await self._listen(key, self._begin(key, fingerprint, parse), send)
@@ -91,8 +98,20 @@ class Replays:
                 f"request_id {message.request_id} stands for {stands_for}", metadata={"field": "request_id"}
             )
         with self._gate.backend.scheduler.hold(principal.tenant):
-            self._events.request_repeated("replayed" if telling.done else "joined")
-            await self._listen(key, telling, send)
+            if await self._may_be_told(telling):
+                self._events.request_repeated("replayed" if telling.done else "joined")
+                await self._listen(key, telling, send)
+                return
+        self._forget(key, telling)
+        await self.run(message, parse, send)
+
+    async def _may_be_told(self, telling: "_Telling") -> bool:
+        """Judge who gave a complete answer by the time of now; residency watches over those that still give one."""
+        versions = self._gate.backend.versions
+        for version in telling.answered:
+            if versions is None or await refusal(versions, version) is not None:
+                return False
+        return True
 
     def _begin(self, key: Key, fingerprint: bytes, parse: Callable[[Backend], GenerateCall]) -> "_Telling":
         """Start generating, in a task that no single caller's leaving ends."""
@@ -111,12 +130,13 @@ class Replays:
                 telling.task.cancel()
                 await asyncio.wait({telling.task})
 
-    def _ended(self, key: Key, telling: "_Telling", task: "asyncio.Task[None]") -> None:
+    def _ended(self, key: Key, telling: "_Telling", task: "asyncio.Task[list[AdapterVersion]]") -> None:
         self._drop(key, telling)
         if task.cancelled():
             telling.end(EngineUnavailableError("the generation was cancelled", retry_after_s=1.0))
             return
         error = task.exception()
+        telling.answered = [] if error else task.result()
         telling.end(error)
         if error is None and telling.whole and self._keep_s:
             self._keep(key, telling)
@@ -144,7 +164,8 @@ class _Telling:
 
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[list[AdapterVersion]] | None = None
+        self.answered: list[AdapterVersion] = []  # known at the end
         self.whole = True  # whether every event is still there
         self.done = False
         self.kept_bytes = 0

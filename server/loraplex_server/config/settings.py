@@ -119,8 +119,8 @@ class LimitSettings:
     tenant_requests_per_s: float = 0.0  # on average; 0: no limit
     tenant_tokens_per_minute: float = 0.0  # prompt and answer together, on average; 0: no limit
     prompt_chars_max: int = 1_000_000
-    tenants_labelled_max: int = 64  # tenants with metric series of their own; the rest share "other"
-    adapters_labelled_max: int = 64  # the same for adapters
+    tenants_labelled_max: int = 10  # tenants with metric series of their own; the rest share "other"
+    adapters_labelled_max: int = 10  # the same for adapters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,13 @@ import datetime as dt
 
 import pytest
 
-from loraplex_client import AdapterRefusedError, Sampling
+from loraplex_client import AdapterNotFoundError, AdapterRefusedError, Sampling
 from loraplex_registry.refs import AdapterRef
 from loraplex_registry.trust.policy import TrustedKey
 from loraplex_registry.trust.revocations import Revocation
 from loraplex_registry.trust.revoking import append
 from loraplex_server.adapters.versions import AdapterVersion
+from loraplex_server.identity.api_keys import make_key
 from tests.server.conftest import POLICY, Shop
 from tests.server.rig import FOUR, running, until
 
@@ -127,3 +128,57 @@ async def test_a_round_that_breaks_does_not_end_the_rounds(
         await until(lambda: rig.app.residency.status(bad.digest) is None)
         assert broken
         assert "on order" in caplog.text
+
+
+@pytest.mark.parametrize("resident", [True, False])
+async def test_a_kept_answer_is_not_told_again_once_its_adapter_is_revoked(
+    shop: Shop, resident: bool
+) -> None:
+    bad, good = shop.publish("acme/orders", tag="prod"), shop.publish("acme/mail", seed=1, tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        kept = {
+            name: await client.generate("x", adapter=name, sampling=FOUR, request_id=name[5:9])
+            for name in ("acme/orders@prod", "acme/mail@prod")
+        }
+        if not resident:
+            await client.unload_adapter("acme/orders@prod")
+        revoke(shop, bad.digest)
+        for _ in range(2):  # before the next round, and again
+            stream = client.stream("x", adapter="acme/orders@prod", sampling=FOUR, request_id="orde")
+            with pytest.raises(AdapterRefusedError) as caught:
+                pytest.fail(f"told {[piece async for piece in stream]}")
+            assert caught.value.code == "REVOKED"
+        again = await client.generate("x", adapter="acme/mail@prod", sampling=FOUR, request_id="mail")
+        assert again == kept["acme/mail@prod"]
+        assert again.header.adapter_digest == good.digest
+        assert len(rig.engine.requests) == 2, "nothing was generated anew"
+        assert rig.outcomes() == {"completed": 2, "failed": 2, "cancelled": 0, "expired": 0}
+        assert rig.app._gate.backend.scheduler.held == 0
+        fixed = shop.publish("acme/orders", seed=2, tag="prod")
+        anew = await client.generate("x", adapter="acme/orders@prod", sampling=FOUR, request_id="orde")
+        assert anew.header.adapter_digest == fixed.digest
+
+
+async def test_a_kept_answer_is_told_again_while_the_storage_is_silent(shop: Shop) -> None:
+    shop.publish("acme/orders", tag="prod")
+    async with running(shop, **SOON) as rig, rig.client() as client:
+        first = await client.generate("x", adapter="acme/orders@prod", sampling=FOUR, request_id="one")
+        (shop.root / "registry").rename(shop.root / "gone")
+        assert first == await client.generate(
+            "x", adapter="acme/orders@prod", sampling=FOUR, request_id="one"
+        )
+        assert len(rig.engine.requests) == 1
+
+
+async def test_a_caller_that_lost_its_right_to_an_adapter_is_not_told_its_kept_answer(shop: Shop) -> None:
+    shop.publish("globex/tickets")
+    admin, admin_entry = make_key("ops", "acme", admin=True)
+    tenant, tenant_entry = make_key("ops", "acme")
+    async with (
+        running(shop, keys=admin_entry + tenant_entry) as rig,
+        rig.client(admin) as before,
+        rig.client(tenant) as after,
+    ):
+        await before.generate("x", adapter="globex/tickets", sampling=FOUR, request_id="one")
+        with pytest.raises(AdapterNotFoundError):
+            await after.generate("x", adapter="globex/tickets", sampling=FOUR, request_id="one")

@@ -143,7 +143,7 @@ async def test_kept_answers_have_a_bound_and_the_oldest_goes_first(
     async with running(shop) as rig, rig.client() as client:
         for number in range(5):
             await once(client, request_id=f"r{number}")
-        assert [key[2] for key in rig.app._ports._replays._complete] == ["r2", "r3", "r4"]
+        assert [key[1] for key in rig.app._ports._replays._complete] == ["r2", "r3", "r4"]
         monkeypatch.setattr(replays, "KEPT_BYTES_MAX", 1)
         await once(client, request_id="r5")
         assert not rig.app._ports._replays._complete
