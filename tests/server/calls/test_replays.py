@@ -64,7 +64,9 @@ async def test_a_second_call_joins_the_first_and_a_third_is_told_again(shop: Sho
 async def test_the_generation_goes_on_while_anybody_listens_and_ends_with_the_last(shop: Shop) -> None:
     async with running(shop) as rig, rig.client() as client, rig.client() as other:
         rig.engine.may_go_on.clear()
-        calls = [asyncio.create_task(once(each)) for each in (client, other, other)]
+        calls = [asyncio.create_task(once(client))]
+        await until(lambda: rig.engine.running == 1)  # it began the generation, not one of the others
+        calls += [asyncio.create_task(once(other)) for _ in range(2)]
         await until(lambda: repeated(rig).get("joined") == 2)
         calls[0].cancel()
         calls[1].cancel()
