@@ -30,6 +30,8 @@ QUANTIZATIONS = ("nf4", "int8", "none")
 DTYPES = ("bfloat16", "float16", "float32")
 # vLLM sizes its slots by one of these (vllm/config/lora.py).
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SLOTS = 16
+"""Adapters in an engine whose slots take memory, unless the settings say otherwise."""
 _MIB = 1024 * 1024
 
 
@@ -76,7 +78,7 @@ class ModelSettings:
 class AdapterSettings:
     """How many adapters are held at once, and of what size."""
 
-    slots: int = 16  # adapters in the engine at the same time
+    slots: int = 0  # adapters that calls use at the same time; 0: SLOTS, or `places` where slots cost nothing
     rank_max: int = 16
     size_mib_max: int = 512  # one adapter's weights file
     embeddings: bool = (
@@ -195,6 +197,11 @@ class Config:
     def serves_adapters(self) -> bool:
         """Whether the engine needs slots for adapters at all: without a registry there is none to bring in."""
         return bool(self.registry.url)
+
+    @property
+    def places(self) -> int:
+        """Calls at the engine at the same time: a batch, and those that take the places of the first to end."""
+        return self.model.batch_requests + max(2, self.model.batch_requests // 4)
 
     @property
     def adapter_bytes_max(self) -> int:
@@ -340,7 +347,7 @@ def _check(config: Config, origin: Path) -> None:
         ("model.kv_cache_gib", model.kv_cache_gib, 1, 4096),
         ("model.gpu_memory_fraction", model.gpu_memory_fraction, 0.05, 1),
         ("model.seed", model.seed, 0, 2**32 - 1),
-        ("adapters.slots", adapters.slots, 2, 1024),
+        ("adapters.slots", adapters.slots or SLOTS, 2, 1024),
         ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
         ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
         ("adapters.cache_bytes_max", adapters.cache_bytes_max, 0, 1 << 60),
