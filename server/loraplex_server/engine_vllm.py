@@ -33,7 +33,12 @@ from loraplex_server.engine import (
     Form,
     Sampling,
 )
-from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from loraplex_server.errors import (
+    AdapterNotReadyError,
+    ConfigError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
 from loraplex_server.form_trials import FormTrials, sandbox_command
 from loraplex_server.quantize import int8_checkpoint
 from loraplex_server.vllm_adapters import Loading, Staged, ThroughEngine
@@ -259,7 +264,12 @@ class VllmEngine:
                 while not finished:
                     output = collector.get_nowait() or await collector.get()
                     finished = output.finished
-                    for chunk in self._chunks(output, request):
+                    try:
+                        parts = self._chunks(output, request)
+                    except EngineUnavailableError as error:
+                        await self._require(request.adapter)
+                        raise error
+                    for chunk in parts:
                         yield chunk
                     if not finished:
                         await self._beat.next()  # meanwhile the collector joins what comes
@@ -279,10 +289,21 @@ class VllmEngine:
                     self._losses.popitem(last=False)
             raise
 
+    async def _require(self, adapter: EngineAdapter | None) -> None:
+        """Say so if the engine does not hold an adapter that a request names; `Residency.audit` will see it too.
+
+        Raises:
+            AdapterNotReadyError: that is why.
+        """
+        if adapter is not None and adapter.slot_id not in await self.loaded():
+            raise AdapterNotReadyError(f"the engine has lost {adapter.name}; ask again", retry_after_s=1.0)
+
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
         """See `Engine.embed`."""
         from vllm.pooling_params import PoolingParams
 
+        # First: where the engine core ends such a request by itself, vLLM's front end takes it for a bug and ends.
+        await self._require(request.adapter)
         with _named_errors():
             outputs = self._vllm.encode(
                 {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},

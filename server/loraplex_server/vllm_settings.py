@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex_registry.validation.base import BaseModel
 from loraplex_server.config import SLOTS, Config
-from loraplex_server.vllm_plugin import WORKER_EXTENSION, serves_natively
+from loraplex_server.vllm_plugin import CPU_LORA_ENV, WORKER_EXTENSION
 
 
 def set_environment(config: Config) -> None:
@@ -65,9 +65,21 @@ def widen_slots(vllm_config: Any) -> None:
 
     vLLM keeps requests waiting whose adapter is not among `max_loras` in the running batch; so no request waits.
     """
-    if serves_natively(vllm_config):
+    if _serves_natively(vllm_config):
         vllm_config.lora_config.max_loras = vllm_config.scheduler_config.max_num_seqs
         vllm_config.lora_config.max_cpu_loras = vllm_config.scheduler_config.max_num_seqs
+
+
+def _serves_natively(vllm_config: Any) -> bool:
+    """Whether the engine will choose native mode; the same question is put to the worker afterwards."""
+    from vllm.platforms import current_platform
+
+    chosen = os.environ.get(CPU_LORA_ENV, "") in ("", "native")
+    if vllm_config.lora_config is None or not current_platform.is_cpu() or not chosen:
+        return False
+    from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
+
+    return not reason_against_native(vllm_config)
 
 
 def _lora_arguments(config: Config, base: BaseModel) -> dict[str, Any]:
