@@ -4,14 +4,18 @@ vLLM calls `register()` in every process it starts (frontend, engine core, worke
 the entry point group ``vllm.general_plugins``. On a CPU platform `register()` makes
 ``current_platform.get_punica_wrapper()`` name `loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper`
 instead of vLLM's own class, which gives base-model rows the weights of the last adapter slot when they
-share a batch with LoRA rows. On any other platform it does not: the GPU kernels are not affected by that
-fault. On every platform it bounds what a structured-output grammar may cost a step (`grammar_guard`).
+share a batch with LoRA rows; and it puts native mode (`cpu`) in front of it, which is that and fast. On any other
+platform it does neither: the GPU kernels are not affected by that fault. On every platform it bounds what a
+structured-output grammar may cost a step (`grammar_guard`).
 
 Importing this module does nothing and imports neither torch nor vLLM. Environment:
 
 ``LORAPLEX_CPU_LORA``
-    ``grouped`` (default) or ``stock``. ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks
-    and for the test that shows the fault, and the loraplex server refuses to serve with it.
+    ``native``, ``grouped`` or ``stock``. Not set: native where it can serve the engine (a C++ compiler, or kernels
+    built before; bfloat16 or float32; one process), else grouped, and a line in the log why. ``native``: an engine
+    that cannot have it does not start. ``grouped``: rows grouped by adapter in pure torch, over vLLM's own slots.
+    ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks and for the test that shows the fault, and the
+    loraplex server refuses to serve with it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from typing import Any, Final
 
 CPU_LORA_ENV: Final = "LORAPLEX_CPU_LORA"
 GROUPED_WRAPPER: Final = "loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper"
+NATIVE_WRAPPER: Final = "loraplex_server.vllm_plugin.cpu.layers.ModuleLora"
+CORRECT_WRAPPERS: Final = frozenset({GROUPED_WRAPPER, NATIVE_WRAPPER})
 STOCK_WRAPPER: Final = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 WORKER_EXTENSION: Final = "loraplex_server.vllm_plugin.worker.WorkerExtension"
 
@@ -36,7 +42,7 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the guard of grammars in this process; on CPU also the grouped LoRA wrapper and plain ranking.
+    """Install the guard of grammars in this process; on CPU also our LoRA and plain ranking.
 
     Calling it again is harmless.
 
@@ -44,9 +50,11 @@ def register() -> None:
         PluginHookError: ``LORAPLEX_CPU_LORA`` has an unknown value, or vLLM's hook is not where it was.
 
     """
-    choice = os.environ.get(CPU_LORA_ENV, "grouped")
-    if choice not in ("grouped", "stock"):
-        raise PluginHookError(f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'grouped' or 'stock'")
+    choice = os.environ.get(CPU_LORA_ENV, "")
+    if choice not in ("", "native", "grouped", "stock"):
+        raise PluginHookError(
+            f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'native', 'grouped' or 'stock', or not at all"
+        )
     if choice == "stock":
         return
     _guard_grammars()
@@ -56,6 +64,8 @@ def register() -> None:
         from loraplex_server.vllm_plugin.sampling import rank_uncompiled
 
         install(type(current_platform))
+        if choice != "grouped":
+            install_native(type(current_platform), required=choice == "native")
         rank_uncompiled()
 
 
@@ -100,3 +110,21 @@ def install(platform: Any) -> None:
             "remove the other plugin or use the vLLM version loraplex pins"
         )
     platform.get_punica_wrapper = classmethod(lambda _cls: GROUPED_WRAPPER)
+
+
+def install_native(platform: Any, *, required: bool) -> None:
+    """Put native mode into this process; `required`: no engine without it.
+
+    Raises:
+        PluginHookError: vLLM does not have one of the places it enters at.
+
+    """
+    try:
+        from loraplex_server.vllm_plugin.cpu import hooks
+
+        hooks.install(platform, required=required)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise PluginHookError(
+            f"vLLM moved what LoRA on CPU in native mode enters at ({error}): use the vLLM version loraplex pins, "
+            f"or set {CPU_LORA_ENV}=grouped"
+        ) from error

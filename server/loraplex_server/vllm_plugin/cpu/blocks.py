@@ -1,0 +1,278 @@
+"""An adapter as one block of memory: read, checked, cast, scaled and packed, once, away from the engine's step.
+
+Promises: a block holds an adapter's A and B for every wrapped module, each at its own rank, in the form the kernels
+read (`kernels`), in one read-only region of memory that goes with its last reference; what an adapter does not touch
+takes no memory. A weight that no wrapped module takes, or of another shape than its module's, refuses the adapter.
+
+For whoever builds blocks ahead of the engine (any thread; nothing here writes to what vLLM shares):
+
+    reader = manager.reader()              # `manager`: the NativeWorkerLoRAManager of this process, after loading
+    block = reader.read(path)              # an AdapterBlock; raises ValueError, FileNotFoundError, OSError
+    STAGED.put(adapter_id, block)          # the engine's first step with this id binds it, without reading anything
+    STAGED.drop(adapter_id)                # when it is not wanted after all
+
+`read` calls its `pause` between two matrices (at most a few hundred microseconds apart, but for embeddings): a place to
+yield. A block that the engine has taken belongs to it until `remove_lora(adapter_id)`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraplex_server.vllm_plugin.cpu import kernels
+
+ALIGN: Final = 64  # bytes: a cache line, and the width of an AVX-512 register
+# Values cast at once: below torch's threshold for parallel work, so that a background thread never wakes a second
+# team of OpenMP threads beside the engine's.
+CAST_VALUES: Final = 32_000
+STAGED_MAX: Final = 4096  # blocks waiting for their first step; the server's budget in bytes is far below
+
+Kind = Literal["linear", "embedding", "logits"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One wrapped module of the model: its shape, and what its parts are called in an adapter."""
+
+    kind: Kind
+    names: tuple[str, ...]  # in an adapter, in the order of the slices; fewer where a part covers several slices
+    in_features: int  # rows of the vocabulary for an embedding
+    out_features: tuple[int, ...]  # per slice
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """First column of the output, per slice."""
+        return tuple(int(start) for start in np.cumsum((0, *self.out_features[:-1])))
+
+
+class Low(NamedTuple):
+    """The two factors of one slice's delta, ``scale * x @ a.T @ b.T``."""
+
+    a: torch.Tensor  # (rank, in_features)
+    b: torch.Tensor  # (out_features, rank)
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one slice of one module lies in a block."""
+
+    module: int
+    slice: int
+    low: Low
+    a_offset: int
+    b_offset: int
+
+
+class AdapterBlock:
+    """One adapter's weights for the kernels. Immutable; see `build` and `EMPTY`."""
+
+    def __init__(self, pieces: Sequence[_Piece], n_bytes: int, dtype: torch.dtype, pause: Callable[[], None]) -> None:
+        self.n_bytes = n_bytes  # as allocated
+        self.module = np.array([piece.module for piece in pieces], dtype=np.int32)
+        self.slice = np.array([piece.slice for piece in pieces], dtype=np.int32)
+        self.rank = np.array([len(piece.low.a) for piece in pieces], dtype=np.int32)
+        self._memory = _region(n_bytes)
+        start = _address(self._memory) if self._memory is not None else 0
+        self.a = np.array([start + piece.a_offset for piece in pieces], dtype=np.uint64)
+        self.b = np.array([start + piece.b_offset for piece in pieces], dtype=np.uint64)
+        for number, piece in enumerate(pieces):
+            _copy(int(self.a[number]), _cast(piece.low.a, dtype))
+            kernels.pack_b(int(self.b[number]), _cast(piece.low.b, dtype), piece.low.scale)
+            pause()
+
+
+def build(
+    layers: Sequence[Layer],
+    weights: Sequence[Sequence[Low | None]],
+    dtype: torch.dtype,
+    pause: Callable[[], None] = lambda: None,
+) -> AdapterBlock:
+    """Lay an adapter out in one block.
+
+    Args:
+        layers: the wrapped modules, numbered as in the kernels' table.
+        weights: per layer and slice, None where the adapter does not touch it.
+        dtype: torch.bfloat16 or torch.float32, what the kernels multiply in.
+        pause: called after each matrix.
+
+    Raises:
+        ValueError: weights are not of their layer's shape.
+
+    """
+    pieces: list[_Piece] = []
+    offset = 0
+    for number, (layer, slices) in enumerate(zip(layers, weights, strict=True)):
+        for index, low in enumerate(slices):
+            if low is None:
+                continue
+            _check_shape(layer, index, low)
+            a_bytes = _aligned(low.a.numel() * dtype.itemsize)
+            pieces.append(_Piece(number, index, low, offset, offset + a_bytes))
+            offset += a_bytes + _aligned(kernels.packed_b_bytes(layer.out_features[index], len(low.a), dtype))
+    return AdapterBlock(pieces, offset, dtype, pause)
+
+
+def _check_shape(layer: Layer, index: int, low: Low) -> None:
+    rank = len(low.a)
+    wanted_a, wanted_b = (rank, layer.in_features), (layer.out_features[index], rank)
+    if rank == 0 or tuple(low.a.shape) != wanted_a or tuple(low.b.shape) != wanted_b:
+        raise ValueError(
+            f"{layer.names[min(index, len(layer.names) - 1)]}: A is {tuple(low.a.shape)} and B is "
+            f"{tuple(low.b.shape)}, the module takes (rank, {layer.in_features}) and ({layer.out_features[index]}, rank)"
+        )
+
+
+def by_slice(layer: Layer, parts: Sequence[Low | None]) -> list[Low | None]:
+    """Give each slice of a layer its factors; a part may cover several slices, which then share its A.
+
+    Raises:
+        ValueError: the rows of a part's B do not end where a slice ends.
+
+    """
+    slices: list[Low | None] = []
+    for low in parts:
+        if low is None:
+            # With fewer parts than slices the last part is the only one that may be missing, as in vLLM.
+            covered = 1 if len(parts) == len(layer.out_features) else len(layer.out_features) - len(slices)
+            slices += [None] * covered
+            continue
+        start = 0
+        while start < len(low.b) and len(slices) < len(layer.out_features):
+            width = layer.out_features[len(slices)]
+            slices.append(Low(low.a, low.b[start : start + width], low.scale))
+            start += width
+        if start != len(low.b):
+            raise ValueError(f"B of {layer.names[0]} has {len(low.b)} rows, its slices have {layer.out_features}")
+    if len(slices) != len(layer.out_features):
+        raise ValueError(f"{layer.names[0]} has {len(layer.out_features)} slices, the adapter {len(slices)}")
+    return slices
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads adapters of the PEFT format from disk into blocks, with vLLM's own checks. Immutable."""
+
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype
+    load: Callable[[str], Any]  # a directory to vLLM's LoRAModel, its tensors as stored
+
+    def read(self, path: str, pause: Callable[[], None] = lambda: None) -> AdapterBlock:
+        """Read the adapter in a directory.
+
+        Raises:
+            ValueError: it is not an adapter for this model, or larger than the engine's rank.
+            FileNotFoundError, OSError: it cannot be read.
+
+        """
+        if not (Path(path) / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{path} has no adapter_model.safetensors")
+        found = dict(self.load(path).loras)
+        pause()
+        weights = [by_slice(layer, [_take(found, name) for name in layer.names]) for layer in self.layers]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ValueError(f"no module of this engine takes the weights of {min(found)}{more}")
+        return build(self.layers, weights, self.dtype, pause)
+
+
+def _take(found: dict[str, Any], name: str) -> Low | None:
+    # Pooling models are registered without the "model." that adapters name (as in vLLM's own manager).
+    weights = found.pop(name, None) or found.pop(name.removeprefix("model."), None)
+    if weights is None:
+        return None
+    if weights.lora_a is None or weights.lora_b is None:
+        raise ValueError(f"{name}: one of A and B is missing")
+    return Low(weights.lora_a, weights.lora_b, float(weights.scaling))
+
+
+class Staged:
+    """Blocks that wait for the engine's first step with their adapter. For any thread."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, AdapterBlock] = {}
+        self._lock = threading.Lock()
+
+    def put(self, adapter_id: int, block: AdapterBlock) -> None:
+        """Hand a block over.
+
+        Raises:
+            RuntimeError: STAGED_MAX blocks wait already.
+
+        """
+        with self._lock:
+            if len(self._blocks) >= STAGED_MAX and adapter_id not in self._blocks:
+                raise RuntimeError(f"{STAGED_MAX} adapters wait for their first step already")
+            self._blocks[adapter_id] = block
+
+    def take(self, adapter_id: int) -> AdapterBlock | None:
+        """Return and forget the block of an adapter, or None."""
+        with self._lock:
+            return self._blocks.pop(adapter_id, None)
+
+    def drop(self, adapter_id: int) -> bool:
+        """Forget a block; whether there was one."""
+        return self.take(adapter_id) is not None
+
+    def __contains__(self, adapter_id: int) -> bool:
+        return adapter_id in self._blocks
+
+    def ids(self) -> frozenset[int]:
+        """Adapters whose blocks wait."""
+        with self._lock:
+            return frozenset(self._blocks)
+
+
+STAGED: Final = Staged()
+"""Of this process: the engine's thread takes, others put."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _region(size: int) -> mmap.mmap | None:
+    """Return memory of its own, so that freeing it gives it back to the system at once."""
+    if size == 0:
+        return None
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _address(region: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(region))
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a contiguous tensor of `dtype`, cast in pieces that torch does on this thread alone."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == dtype:
+        return tensor
+    cast = torch.empty(tensor.shape, dtype=dtype)
+    for target, source in zip(_pieces(cast), _pieces(tensor), strict=True):
+        target.copy_(source)
+    return cast
+
+
+def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    return tensor.view(-1).split(CAST_VALUES)
+
+
+def _copy(address: int, tensor: torch.Tensor) -> None:
+    ctypes.memmove(address, tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+
+
+EMPTY: Final = AdapterBlock((), 0, torch.float32, lambda: None)
+"""An adapter that touches nothing: what vLLM's warm-up gets for its dummy adapters."""

@@ -1,0 +1,53 @@
+"""`torch.compile` for LoRA on CPU, which vLLM switches off.
+
+vLLM's CPU platform sets compilation mode NONE as soon as LoRA is on: its own wrapper could not be traced. In native
+mode a wrapped layer adds one opaque operator with a constant, so the graph is the one without LoRA and a node more per
+layer, and nothing in it depends on the batch or on adapters. `keep_compiling` wraps the platform's method so that it
+does not see the LoRA settings where native mode will serve them, and nothing else is different: the method reads them
+for this alone, which a test asserts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
+
+_log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
+
+
+
+def keep_compiling(platform: Any) -> None:
+    """Wrap `platform.check_and_update_config`, a class method of vLLM's CPU platform. Once is enough; twice is harmless.
+    """
+    original = platform.check_and_update_config
+    if getattr(original, "keeps_compiling", False):
+        return
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        lora = vllm_config.lora_config
+        if lora is None or reason_against_native(vllm_config) or not _can_compile():
+            original.__func__(cls, vllm_config)
+            return
+        vllm_config.lora_config = None
+        try:
+            original.__func__(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    check_and_update_config.keeps_compiling = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _can_compile() -> bool:
+    """Whether torch could build C++ here; a server must not fail to start for want of a compiler."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if shutil.which(os.environ.get("CXX", "g++")) and header.is_file():
+        return True
+    _log.warning("the model is not compiled: that takes a C++ compiler and Python's headers (%s)", header)
+    return False

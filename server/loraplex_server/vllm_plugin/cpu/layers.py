@@ -1,0 +1,45 @@
+"""What vLLM's wrapped layers call in native mode: one operator per module, which the compiler need not look into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+
+from loraplex_server.vllm_plugin.cpu import kernels, ops  # noqa: F401  # ops: defines the operators
+
+
+class ModuleLora:
+    """The punica wrapper of one layer: the stacked tensors vLLM passes are not read, the table is.
+
+    See `punica.GroupedPunicaWrapper` for what the methods promise; `module` is the layer's number in the table.
+    """
+
+    def __init__(self, table: kernels.Table, module: int) -> None:
+        self.table = table
+        self.module = module
+
+    def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *_stacked: Any, **_unused: Any) -> None:
+        """Add each row's delta to `y` (rows, sum of slices), for `x` (rows, in_features)."""
+        torch.ops.loraplex.add_lora(y, x, self.module)
+
+    def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *_stacked: Any, **_unused: Any) -> None:
+        """Add the delta of each sampled position's adapter to the logits `y` (positions, vocabulary).
+
+        Raises:
+            ValueError: other rows than vLLM announced, and adapters differ among them.
+
+        """
+        torch.ops.loraplex.add_lora_logits(y, x, self.module)
+
+
+class NativeEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # vLLM is not typed for us
+    """vLLM's looks A up in its stacked tensors for every row; here only rows with an adapter look it up."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (..., dim) of token ids `x`, adapters' deltas added."""
+        y = self.base_layer.forward(x)
+        flat = y.view(-1, y.shape[-1])
+        torch.ops.loraplex.add_lora_embedding(flat, x.reshape(-1), self.punica_wrapper.module)
+        return y
