@@ -9,10 +9,10 @@ For whoever builds blocks ahead of the engine (any thread; nothing here writes t
     reader = manager.reader()              # `manager`: the NativeWorkerLoRAManager of this process, after loading
     block = reader.read(path)              # an AdapterBlock; raises ValueError, FileNotFoundError, OSError
     STAGED.put(adapter_id, block)          # the engine's first step with this id binds it, without reading anything
-    STAGED.drop(adapter_id)                # when it is not wanted after all
+    STAGED.drop(adapter_id)                # when it is not wanted any more; `remove_lora` does it too
 
 `read` calls its `pause` between two matrices (at most a few hundred microseconds apart, but for embeddings): a place to
-yield. A block that the engine has taken belongs to it until `remove_lora(adapter_id)`.
+yield. A request that the engine has taken in holds its block until it ends, whatever is dropped meanwhile (`hooks`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALIGN: Final = 64  # bytes: a cache line, and the width of an AVX-512 register
 # Values cast at once: below torch's threshold for parallel work, so that a background thread never wakes a second
 # team of OpenMP threads beside the engine's.
 CAST_VALUES: Final = 32_000
-STAGED_MAX: Final = 4096  # blocks waiting for their first step; the server's budget in bytes is far below
+STAGED_MAX: Final = 4096  # blocks in memory; the server's budget in bytes is far below
 
 Kind = Literal["linear", "embedding", "logits"]
 
@@ -197,7 +197,7 @@ def _take(found: dict[str, Any], name: str) -> Low | None:
 
 
 class Staged:
-    """Blocks that wait for the engine's first step with their adapter. For any thread."""
+    """Blocks by the id of their adapter, from before its first step until it is dropped. For any thread."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, AdapterBlock] = {}
@@ -207,34 +207,35 @@ class Staged:
         """Hand a block over.
 
         Raises:
-            RuntimeError: STAGED_MAX blocks wait already.
+            RuntimeError: STAGED_MAX blocks are here already.
 
         """
         with self._lock:
             if len(self._blocks) >= STAGED_MAX and adapter_id not in self._blocks:
-                raise RuntimeError(f"{STAGED_MAX} adapters wait for their first step already")
+                raise RuntimeError(f"{STAGED_MAX} adapters are in memory already")
             self._blocks[adapter_id] = block
 
-    def take(self, adapter_id: int) -> AdapterBlock | None:
-        """Return and forget the block of an adapter, or None."""
+    def get(self, adapter_id: int) -> AdapterBlock | None:
+        """Return the block of an adapter, or None."""
         with self._lock:
-            return self._blocks.pop(adapter_id, None)
+            return self._blocks.get(adapter_id)
 
     def drop(self, adapter_id: int) -> bool:
         """Forget a block; whether there was one."""
-        return self.take(adapter_id) is not None
+        with self._lock:
+            return self._blocks.pop(adapter_id, None) is not None
 
     def __contains__(self, adapter_id: int) -> bool:
         return adapter_id in self._blocks
 
     def ids(self) -> frozenset[int]:
-        """Adapters whose blocks wait."""
+        """Adapters whose blocks are here."""
         with self._lock:
             return frozenset(self._blocks)
 
 
 STAGED: Final = Staged()
-"""Of this process: the engine's thread takes, others put."""
+"""Of this process: others put, the engine's threads find."""
 
 
 def _aligned(size: int) -> int:

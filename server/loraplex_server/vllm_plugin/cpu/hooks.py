@@ -4,7 +4,7 @@
 * ``CpuPlatform.check_and_update_config``: see `compiling`.
 * ``EngineCore.preprocess_add_request``, on the thread that takes requests in: an adapter that no step could use without
   reading it first is read there, so that the step does not, and one that cannot be read fails its request alone. (vLLM
-  reads it within the step, where a failure ends the engine.)
+  reads it within the step, where a failure ends the engine.) The request takes the block with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import inspect
 import logging
 from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
 
 from loraplex_server.vllm_plugin.cpu.blocks import STAGED
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
@@ -71,12 +74,26 @@ def _maker(stock: Any, *, required: bool) -> Any:
     return make
 
 
+class BoundRequest(LoRARequest):  # type: ignore[misc]  # vLLM is not typed for us
+    """An adapter as a request names it, and its block, which so lives as long as the request."""
+
+    block: Any = None
+
+
 def _staging(take_in: Any) -> Any:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         wanted = request.lora_request
-        if wanted is not None and _managers and not _managers[0].holds(wanted.lora_int_id):
-            STAGED.put(wanted.lora_int_id, _managers[0].reader().read(wanted.lora_path))
+        if wanted is not None and _managers:
+            request.lora_request = _bound(_managers[0], wanted)
         return take_in(self, request)
 
     preprocess_add_request.stages_adapters = True  # type: ignore[attr-defined]
     return preprocess_add_request
+
+
+def _bound(manager: Any, wanted: Any) -> BoundRequest:
+    block = manager.block(wanted.lora_int_id)
+    if block is None:
+        block = manager.reader().read(get_adapter_absolute_path(wanted.lora_path))
+        STAGED.put(wanted.lora_int_id, block)
+    return BoundRequest(wanted.lora_name, wanted.lora_int_id, wanted.lora_path, block=block)

@@ -152,9 +152,10 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _load_as_vllm(self, path: str) -> Any:
         return super()._load_adapter(LoRARequest("staged", 1, path))
 
-    def holds(self, adapter_id: int) -> bool:
-        """Whether a step with this adapter would read nothing. For any thread."""
-        return adapter_id in self._adapter_manager._registered_adapters or adapter_id in STAGED
+    def block(self, adapter_id: int) -> AdapterBlock | None:
+        """Return what a step with this adapter would bind; None if it would have to read. For any thread."""
+        resident = self._adapter_manager._registered_adapters.cache.get(adapter_id)
+        return resident.block if resident else STAGED.get(adapter_id)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Bring an adapter into memory unless it is there, and give it a slot.
@@ -173,7 +174,7 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return True
 
     def _load_adapter(self, lora_request: LoRARequest) -> Resident:
-        block = STAGED.take(lora_request.lora_int_id)
+        block = getattr(lora_request, "block", None) or STAGED.get(lora_request.lora_int_id)
         if block is None:
             block = self.reader().read(get_adapter_absolute_path(lora_request.lora_path))
         return Resident(lora_request.lora_int_id, block)
