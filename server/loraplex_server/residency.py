@@ -5,8 +5,9 @@ The drawing of the states is in `residency_books`.
 Three tiers: a slot of the engine; memory, where verified bytes wait sealed for a slot (STAGED); the registry's cache on
 disk, which knows nothing of this module. An adapter that loses its slot stays in memory while there is room, and comes
 back for the price of the engine's own copy. Where the engine keeps copies that a slot costs nothing beside
-(`Engine.keeps_bytes`), what is STAGED is such a copy: it comes back for nothing, the sealed bytes are let go of as soon
-as it is made, and a copy goes when its adapter leaves memory or the engine dies.
+(`Engine.keeps_bytes`), what is STAGED is such a copy: it comes back for nothing, and the sealed bytes are let go of as
+soon as it is made. When the engine dies, copies are made again from the cache on disk: of what was in a slot at once,
+of what is STAGED when it is asked for.
 
 Promises: one flight per digest, however many callers wait for it; a caller that leaves does not stop a flight that
 others wait for; a failed, hanging or lying load harms only those who asked for it and leaves nothing behind, in the
@@ -275,8 +276,9 @@ class Residency:
             self._books.move(entry, State.LOADING)
             entry.adapter = None
             self._events.adapter_gone(Tier.SLOT, Cause.ENGINE_DIED)
-        copies = [entry for entry in self._books if entry.state is State.STAGED and entry.settled]
-        self._flights.displace(copies, Cause.ENGINE_DIED)
+        for entry in self._books:
+            if entry.settled:  # the copy is gone; whoever wants it has it made again, from the cache on disk
+                entry.adapter = None
         try:
             async with asyncio.timeout(ENDING_S):
                 await self._flights.until(lambda: not any(entry.leases for entry in self._books))

@@ -47,7 +47,8 @@ class Entry(Record):
 
     Attributes:
         settled: the engine made a copy that counts, of `held_bytes`; the bytes of `staged` were let go of.
-        adapter: as the engine knows it; also of one that is STAGED, where the engine keeps its bytes.
+        adapter: as the engine knows it; also of one that is STAGED, where the engine keeps its bytes. None when that
+            engine died.
     """
 
     version: AdapterVersion
@@ -108,7 +109,7 @@ class Flights:
         )
         if leaving is None:
             return None
-        self.displace(leaving)
+        self._displace(leaving)
         self.books.enter(entry)
         self.take_off(entry)
         return entry
@@ -250,7 +251,7 @@ class Flights:
             raise AdapterNotReadyError(
                 f"no memory is left for {entry.version.name}", retry_after_s=RETRY_AFTER_S
             )
-        self.displace(leaving)
+        self._displace(leaving)
         entry.reserved, entry.size_bytes = False, size_bytes
         self.books.move(entry, State.STAGED)
 
@@ -306,11 +307,11 @@ class Flights:
             if self.lost.is_set():
                 raise _no_engine()
 
-    def displace(self, leaving: list[Entry], cause: Cause = Cause.FOR_MEMORY) -> None:
+    def _displace(self, leaving: list[Entry]) -> None:
         """Have staged adapters leave; their memory counts as free at once, and is within moments."""
         for entry in leaving:
             self.books.move(entry, State.DRAINING)
-            _spawn(self._clear(entry, Tier.MEMORY, cause), f"free {entry.version.name}")
+            _spawn(self._clear(entry, Tier.MEMORY, Cause.FOR_MEMORY), f"free {entry.version.name}")
 
     async def _remove(self, entry: Entry, cause: Cause) -> None:
         """Drain, then free. The freeing itself is shielded: half of it must not be left undone."""
@@ -329,7 +330,7 @@ class Flights:
     async def _clear(self, entry: Entry, tier: Tier | None, cause: Cause) -> None:
         """Free what an adapter holds, then forget it, or stage it when only its slot was wanted."""
         stays = cause is Cause.FOR_SLOT and entry.expelled is None
-        if stays and entry.settled and not self.lost.is_set():
+        if stays and entry.settled:
             entry.slot = False
             if self._kept(entry):  # the engine's copy is what memory holds
                 self._events.adapter_gone(Tier.SLOT, cause)

@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
         there = ("resident", "staged")
         resident = {entry.adapter.slot_id for entry in entries if entry.state in there and entry.adapter}
         assert resident <= set(engine.adapters)
-        assert len(engine.adapters) <= (len(entries) if self.keeps_bytes else self.slots)
+        assert engine.dead or len(engine.adapters) <= (len(entries) if self.keeps_bytes else self.slots)
         assert residency.memory_bytes <= self.staged_max * SIZE
         held = {entry.version.adapter for entry in entries if entry.staged and not entry.settled}
         assert held <= self.rig.directories(), "bytes were let go while they were in the books"
