@@ -17,19 +17,17 @@ yield. A request that the engine has taken in holds its block until it ends, wha
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from loraplex_server.vllm_plugin.cpu import kernels
+from loraplex_server.vllm_plugin.cpu.choice import kernel_library
+from loraplex_server.vllm_plugin.cpu.kernels import Binding, Geometry, Piece, pack_b, packed_b_bytes
 
 ALIGN: Final = 64  # bytes: a cache line, and the width of an AVX-512 register
 # Values cast at once: below torch's threshold for parallel work, so that a background thread never wakes a second
@@ -50,9 +48,9 @@ class Layer:
     out_features: tuple[int, ...]  # per slice
 
     @property
-    def columns(self) -> tuple[int, ...]:
-        """First column of the output, per slice."""
-        return tuple(int(start) for start in np.cumsum((0, *self.out_features[:-1])))
+    def geometry(self) -> Geometry:
+        """What the kernels know of it."""
+        return Geometry.side_by_side(self.in_features, self.out_features)
 
 
 class Low(NamedTuple):
@@ -64,7 +62,19 @@ class Low(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class AdapterBlock:
+    """One adapter's weights for the kernels; `binding` keeps their memory."""
+
+    binding: Binding
+    n_bytes: int  # as allocated
+
+
+EMPTY: Final = AdapterBlock(Binding.of((), keep=None), 0)
+"""An adapter that touches nothing: what vLLM's warm-up gets for its dummy adapters."""
+
+
+@dataclass(frozen=True)
+class _Place:
     """Where one slice of one module lies in a block."""
 
     module: int
@@ -72,24 +82,7 @@ class _Piece:
     low: Low
     a_offset: int
     b_offset: int
-
-
-class AdapterBlock:
-    """One adapter's weights for the kernels. Immutable; see `build` and `EMPTY`."""
-
-    def __init__(self, pieces: Sequence[_Piece], n_bytes: int, dtype: torch.dtype, pause: Callable[[], None]) -> None:
-        self.n_bytes = n_bytes  # as allocated
-        self.module = np.array([piece.module for piece in pieces], dtype=np.int32)
-        self.slice = np.array([piece.slice for piece in pieces], dtype=np.int32)
-        self.rank = np.array([len(piece.low.a) for piece in pieces], dtype=np.int32)
-        self._memory = _region(n_bytes)
-        start = _address(self._memory) if self._memory is not None else 0
-        self.a = np.array([start + piece.a_offset for piece in pieces], dtype=np.uint64)
-        self.b = np.array([start + piece.b_offset for piece in pieces], dtype=np.uint64)
-        for number, piece in enumerate(pieces):
-            _copy(int(self.a[number]), _cast(piece.low.a, dtype))
-            kernels.pack_b(int(self.b[number]), _cast(piece.low.b, dtype), piece.low.scale)
-            pause()
+    b_bytes: int
 
 
 def build(
@@ -110,7 +103,26 @@ def build(
         ValueError: weights are not of their layer's shape.
 
     """
-    pieces: list[_Piece] = []
+    places, size = _lay_out(layers, weights, dtype)
+    if not places:
+        return EMPTY
+    memory = _region(size)
+    pieces = []
+    for place in places:
+        a = memory[place.a_offset :][: place.low.a.numel() * dtype.itemsize].view(dtype)
+        b = memory[place.b_offset :][: place.b_bytes]
+        _copy(a, place.low.a.t() if layers[place.module].kind == "embedding" else place.low.a)
+        pack_b(kernel_library(), b, _cast(place.low.b, dtype), place.low.scale)
+        pieces.append(Piece(place.module, place.slice, len(place.low.a), a.data_ptr(), b.data_ptr()))
+        pause()
+    return AdapterBlock(Binding.of(pieces, keep=memory), size)
+
+
+def _lay_out(
+    layers: Sequence[Layer], weights: Sequence[Sequence[Low | None]], dtype: torch.dtype
+) -> tuple[list[_Place], int]:
+    """Return where everything goes, and the size of it all in bytes."""
+    places: list[_Place] = []
     offset = 0
     for number, (layer, slices) in enumerate(zip(layers, weights, strict=True)):
         for index, low in enumerate(slices):
@@ -118,9 +130,10 @@ def build(
                 continue
             _check_shape(layer, index, low)
             a_bytes = _aligned(low.a.numel() * dtype.itemsize)
-            pieces.append(_Piece(number, index, low, offset, offset + a_bytes))
-            offset += a_bytes + _aligned(kernels.packed_b_bytes(layer.out_features[index], len(low.a), dtype))
-    return AdapterBlock(pieces, offset, dtype, pause)
+            b_bytes = packed_b_bytes(layer.out_features[index], len(low.a), dtype)
+            places.append(_Place(number, index, low, offset, offset + a_bytes, b_bytes))
+            offset += a_bytes + _aligned(b_bytes)
+    return places, offset
 
 
 def _check_shape(layer: Layer, index: int, low: Low) -> None:
@@ -242,38 +255,25 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def _region(size: int) -> mmap.mmap | None:
-    """Return memory of its own, so that freeing it gives it back to the system at once."""
-    if size == 0:
-        return None
+def _region(size: int) -> torch.Tensor:
+    """Return memory as bytes that goes back to the system as soon as the last tensor over it is gone."""
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
-    return region
+    return torch.frombuffer(region, dtype=torch.uint8)
 
 
-def _address(region: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(region))
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write the values of `source` into the flat `target`, cast, in pieces that torch does on this thread alone."""
+    pieces = source.contiguous().view(-1).split(CAST_VALUES)
+    for to, of in zip(target.split(CAST_VALUES), pieces, strict=True):
+        to.copy_(of)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a contiguous tensor of `dtype`, cast in pieces that torch does on this thread alone."""
-    tensor = tensor.contiguous()
+    """Return `tensor` contiguous and of `dtype`."""
     if tensor.dtype == dtype:
-        return tensor
+        return tensor.contiguous()
     cast = torch.empty(tensor.shape, dtype=dtype)
-    for target, source in zip(_pieces(cast), _pieces(tensor), strict=True):
-        target.copy_(source)
+    _copy(cast.view(-1), tensor)
     return cast
-
-
-def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    return tensor.view(-1).split(CAST_VALUES)
-
-
-def _copy(address: int, tensor: torch.Tensor) -> None:
-    ctypes.memmove(address, tensor.data_ptr(), tensor.numel() * tensor.itemsize)
-
-
-EMPTY: Final = AdapterBlock((), 0, torch.float32, lambda: None)
-"""An adapter that touches nothing: what vLLM's warm-up gets for its dummy adapters."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import ctypes
+import functools
 from typing import Any
 
 import torch
 
 from loraplex_server.vllm_plugin.cpu import kernels
+from loraplex_server.vllm_plugin.cpu.build import BuildError
 
-_log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
+
+@functools.cache
+def kernel_library() -> ctypes.CDLL:
+    """Return this process's kernels, built if they are not in the cache yet.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+
+    """
+    return kernels.load()
 
 
 def reason_against_native(vllm_config: Any) -> str:
@@ -26,4 +37,8 @@ def reason_against_native(vllm_config: Any) -> str:
         return "the model is spread over processes"
     if lora.enable_tower_connector_lora:
         return "adapters may touch parts that are not the language model"
-    return kernels.reason_unavailable()
+    try:
+        kernel_library()
+    except BuildError as error:
+        return str(error)
+    return ""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 
-from loraplex_server.vllm_plugin.cpu import kernels, ops  # noqa: F401  # ops: defines the operators
+from loraplex_server.vllm_plugin.cpu.kernels import SAMPLES, Table
 
 
 class ModuleLora:
@@ -16,7 +16,7 @@ class ModuleLora:
     See `punica.GroupedPunicaWrapper` for what the methods promise; `module` is the layer's number in the table.
     """
 
-    def __init__(self, table: kernels.Table, module: int) -> None:
+    def __init__(self, table: Table, module: int) -> None:
         self.table = table
         self.module = module
 
@@ -31,7 +31,12 @@ class ModuleLora:
             ValueError: other rows than vLLM announced, and adapters differ among them.
 
         """
-        torch.ops.loraplex.add_lora_logits(y, x, self.module)
+        if y.dtype == self.table.dtype:
+            torch.ops.loraplex.add_lora_logits(y, x, self.module)
+        elif not self.table.idle[SAMPLES]:  # a head computed in fp32 over adapters in bf16
+            delta = torch.zeros_like(y, dtype=self.table.dtype)
+            torch.ops.loraplex.add_lora_logits(delta, x.to(delta.dtype), self.module)
+            y += delta
 
 
 class NativeEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # vLLM is not typed for us
@@ -40,6 +45,5 @@ class NativeEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (..., dim) of token ids `x`, adapters' deltas added."""
         y = self.base_layer.forward(x)
-        flat = y.view(-1, y.shape[-1])
-        torch.ops.loraplex.add_lora_embedding(flat, x.reshape(-1), self.punica_wrapper.module)
+        torch.ops.loraplex.add_lora_embedding(y, x, self.punica_wrapper.module)
         return y

@@ -8,7 +8,10 @@
 // negative numbers of `Error`; nothing is thrown, and on an error y is unchanged. A table belongs to one thread at a
 // time. There is no state but the tables. Memory behind bound pointers must stay as it is until unbound.
 
-#include <cmath>
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -48,6 +51,20 @@ constexpr int RANK_MAX = 4096;
 
 enum Kind : int { TOKENS = 0, SAMPLES = 1, KINDS = 2 };
 
+// Packed B is cut into tiles of this many columns, the last one narrower; in a tile, rows of words lie one behind
+// the other, so a product reads B in the order in which it lies in memory.
+constexpr int64_t TILE = 64;
+constexpr int64_t PREFETCH_BYTES = 1024;
+
+// Costs of a call, by measurement on one machine (Zen 4); they decide how it is shared among threads, no more.
+constexpr double READ_NS = 0.08;    // a byte of weights from memory, one thread
+constexpr double ROW_NS = 0.006;    // the same byte multiplied with one row
+constexpr double UNIT_NS = 4000;    // what a thread takes at a time
+constexpr double WAKE_NS = 12000;   // work that makes waking a thread worth while
+constexpr int64_t UNIT_ROWS = 64;   // rows a thread takes at a time, at most
+constexpr int64_t UNIT_RANKS = 8;   // ranks it takes at least, so that words of t have one writer
+constexpr int64_t YIELD_TURNS = 4096;
+
 enum Type : int { BF16 = 0, FP32 = 1 };
 
 INLINE int64_t size_of(int type) { return type == BF16 ? 2 : 4; }
@@ -84,10 +101,9 @@ struct Expand {
     int64_t y_stride;
     const int32_t* rows;
     const char* b;
-    int64_t out_features;
     const char* t;
     int64_t t_stride;
-    int64_t words;
+    int64_t words;  // of a row of t
     int64_t row_from, row_to, column_from, column_to;
 };
 
@@ -216,6 +232,19 @@ struct Piece {
     int64_t t_stride;
 };
 
+// Some rows of a piece, and of its ranks (first phase) or columns (second).
+struct Unit {
+    const Piece* piece;
+    int64_t row_from, row_to, from, to;
+};
+
+// What the threads of a call share, each on a cache line of its own.
+struct Counters {
+    alignas(64) std::atomic<int64_t> shrink{0};  // units of the first phase that are taken
+    alignas(64) std::atomic<int64_t> shrunk{0};  // ... that are done
+    alignas(64) std::atomic<int64_t> expand{0};  // units of the second phase that are taken
+};
+
 struct Table {
     Table(int modules, int slots, int type)
         : type(type), isa(choose_isa()), n_slots(slots), modules(size_t(modules)), bound(size_t(slots)) {}
@@ -227,6 +256,9 @@ struct Table {
     Rows rows[KINDS];
     std::vector<int32_t> counting;  // 0, 1, 2 ...: the rows of a uniform batch of another size
     std::vector<Piece> pieces;
+    std::vector<Unit> units;
+    int64_t n_shrink = 0;  // the first units are of the first phase
+    std::unique_ptr<Counters> counters{new Counters};
     std::vector<char> t;
 };
 
@@ -270,29 +302,89 @@ struct Call {
     int64_t in_features;
 };
 
-void shrink_piece(const Table& table, const Call& call, const Piece& piece) {
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// What one byte of weights costs: it is read from memory once, and multiplied with every row of its group.
+double cost_ns(int64_t bytes, int64_t n_rows) { return double(bytes) * (READ_NS + ROW_NS * double(n_rows)); }
+
+// How many pieces of `step` to cut `n` into so that each costs about UNIT_NS.
+int64_t chunk(int64_t n, int64_t step, double cost) {
+    const int64_t parts = larger(1, int64_t(cost / UNIT_NS + 0.5));
+    return rounded_up(larger(1, (n + parts - 1) / parts), step);
+}
+
+// Cut the pieces of a call into units that threads claim one by one; returns the cost of all.
+double plan(Table& table, const Module& module) {
+    double total = 0;
+    table.units.clear();
+    for (const Piece& piece : table.pieces) {
+        const int64_t rank = piece.weights->rank, bytes = rank * module.in_features * size_of(table.type);
+        const double cost = cost_ns(bytes, smaller(piece.n_rows, UNIT_ROWS));
+        const int64_t ranks = chunk(rank, UNIT_RANKS, cost);
+        for (int64_t row = 0; row < piece.n_rows; row += UNIT_ROWS)
+            for (int64_t r = 0; r < rank; r += ranks)
+                table.units.push_back({&piece, row, smaller(row + UNIT_ROWS, piece.n_rows), r, smaller(r + ranks, rank)});
+        total += cost_ns(bytes, piece.n_rows);
+    }
+    table.n_shrink = int64_t(table.units.size());
+    for (const Piece& piece : table.pieces) {
+        const int64_t out = piece.slice->out_features, bytes = words_of(piece.weights->rank, table.type) * out * 4;
+        const double cost = cost_ns(bytes, smaller(piece.n_rows, UNIT_ROWS));
+        const int64_t columns = chunk(out, TILE, cost);
+        for (int64_t row = 0; row < piece.n_rows; row += UNIT_ROWS)
+            for (int64_t c = 0; c < out; c += columns)
+                table.units.push_back({&piece, row, smaller(row + UNIT_ROWS, piece.n_rows), c, smaller(c + columns, out)});
+        total += cost_ns(bytes, piece.n_rows);
+    }
+    return total;
+}
+
+void shrink_unit(const Table& table, const Call& call, const Unit& unit) {
+    const Piece& piece = *unit.piece;
     const int64_t rank = piece.weights->rank;
-    if (table.type == BF16 && rank % 2)  // the second half of the last word
-        for (int64_t i = 0; i < piece.n_rows; i++) memset(piece.t + i * piece.t_stride + rank * 2, 0, 2);
+    if (table.type == BF16 && rank % 2 && unit.to == rank)  // the second half of the last word
+        for (int64_t i = unit.row_from; i < unit.row_to; i++) memset(piece.t + i * piece.t_stride + rank * 2, 0, 2);
     table.isa.kernels->shrink[table.type]({call.x, call.x_stride, piece.rows, piece.weights->a, call.in_features,
-                                           piece.t, piece.t_stride, 0, piece.n_rows, 0, rank});
+                                           piece.t, piece.t_stride, unit.row_from, unit.row_to, unit.from, unit.to});
 }
 
-void expand_piece(const Table& table, const Call& call, const Piece& piece) {
+void expand_unit(const Table& table, const Call& call, const Unit& unit) {
+    const Piece& piece = *unit.piece;
     table.isa.kernels->expand[table.type](
-        {call.y + piece.slice->column * size_of(table.type), call.y_stride, piece.rows, piece.weights->b,
-         piece.slice->out_features, piece.t, piece.t_stride, words_of(piece.weights->rank, table.type), 0,
-         piece.n_rows, 0, piece.slice->out_features});
+        {call.y + piece.slice->column * size_of(table.type), call.y_stride, piece.rows, piece.weights->b, piece.t,
+         piece.t_stride, words_of(piece.weights->rank, table.type), unit.row_from, unit.row_to, unit.from, unit.to});
 }
 
-void run(const Table& table, const Call& call) {
-    const int64_t n = int64_t(table.pieces.size());
-#pragma omp parallel
+void pause(int64_t turn) {
+    if (turn % YIELD_TURNS == YIELD_TURNS - 1) sched_yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+}
+
+// One thread's part of a call: units until there are none, with all of the first phase done before the second.
+void work(Table& table, const Call& call) {
+    const int64_t n = int64_t(table.units.size()), n_shrink = table.n_shrink;
+    Counters& counters = *table.counters;
+    for (int64_t i; (i = counters.shrink.fetch_add(1, std::memory_order_relaxed)) < n_shrink;) {
+        shrink_unit(table, call, table.units[size_t(i)]);
+        counters.shrunk.fetch_add(1, std::memory_order_release);
+    }
+    for (int64_t turn = 0; counters.shrunk.load(std::memory_order_acquire) < n_shrink; turn++) pause(turn);
+    for (int64_t i; (i = n_shrink + counters.expand.fetch_add(1, std::memory_order_relaxed)) < n;)
+        expand_unit(table, call, table.units[size_t(i)]);
+}
+
+// Waking a sleeping thread takes about WAKE_NS, so a call gets as many threads as it can keep busy for longer.
+void run(Table& table, const Call& call, double cost) {
+    const int threads = int(larger(1, smaller(omp_get_max_threads(), int64_t(cost / WAKE_NS))));
+    Counters& counters = *table.counters;
+    counters.shrink = counters.shrunk = counters.expand = 0;
+    if (threads == 1) return work(table, call);
+#pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < n; i++) shrink_piece(table, call, table.pieces[size_t(i)]);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < n; i++) expand_piece(table, call, table.pieces[size_t(i)]);
+        work(table, call);
     }
 }
 
@@ -344,6 +436,20 @@ void clear_slot(Table& table, int slot) {
     for (Module& module : table.modules)
         for (size_t s = 0; s < module.slices.size(); s++)
             module.weights[size_t(slot) * module.slices.size() + s] = Weights();
+}
+
+void pack_word(char* to, const void* src, int64_t row, int64_t word, int64_t rank, float scale, int type) {
+    if (type == FP32) {
+        const float value = static_cast<const float*>(src)[row + word] * scale;
+        memcpy(to, &value, 4);
+        return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(src) + row + word * 2;
+    uint16_t pair[2] = {from[0], 0};
+    if (word * 2 + 1 < rank) pair[1] = from[1];
+    if (scale != 1.0f)
+        for (uint16_t& one : pair) one = float_to_bf16(bf16_to_float(one) * scale);
+    memcpy(to, pair, 4);
 }
 
 template <class Body>
@@ -468,8 +574,9 @@ int lp_add(void* table, int module, int kind, void* y, int64_t y_stride, const v
         if (!y || !x) return BAD_ARGUMENT;
         if (n_rows > 1 && (y_stride < one.width || x_stride < one.in_features)) return NARROW;
         const int64_t size = size_of(type);
-        run(own, {static_cast<char*>(y), y_stride * size, static_cast<const char*>(x), x_stride * size,
-                  one.in_features});
+        const double cost = plan(own, one);
+        run(own, {static_cast<char*>(y), y_stride * size, static_cast<const char*>(x), x_stride * size, one.in_features},
+            cost);
         return OK;
     });
 }
@@ -503,7 +610,7 @@ int lp_add_embedding(void* table, int module, void* y, int64_t y_stride, const i
             memset(piece.t, 0, size_t(piece.n_rows * piece.t_stride));
             for (int64_t i = 0; i < piece.n_rows; i++)
                 memcpy(piece.t + i * piece.t_stride, piece.weights->a + ids[piece.rows[i]] * bytes, size_t(bytes));
-            expand_piece(own, call, piece);
+            expand_unit(own, call, {&piece, 0, piece.n_rows, 0, piece.slice->out_features});
         }
         return OK;
     });
@@ -516,28 +623,18 @@ int64_t lp_packed_b_bytes(int64_t out, int64_t rank, int type) {
     return words_of(rank, type) * out * 4;
 }
 
-// Scale B (out, rank), rows `src_stride` values apart, and write it as rows of words along the rank: bf16 as
-// (ceil(rank / 2), out, 2), fp32 as (rank, out).
+// Scale B (out, rank), rows `src_stride` values apart, and write it as words along the rank, tile by tile of TILE
+// outputs: bf16 as (tile, ceil(rank / 2), width, 2), fp32 as (tile, rank, width).
 int lp_pack_b(void* dst, const void* src, int64_t out, int64_t rank, int64_t src_stride, float scale, int type) {
     const int64_t bytes = lp_packed_b_bytes(out, rank, type);
     if (bytes < 0) return int(bytes);
     if (!dst || !src || src_stride < rank) return BAD_ARGUMENT;
-    constexpr int64_t BLOCK = 64;  // rows of B at a time, so that both sides stay in the first cache
-    for (int64_t from = 0; from < out; from += BLOCK) {
-        const int64_t to = from + BLOCK < out ? from + BLOCK : out;
-        for (int64_t word = 0; word < words_of(rank, type); word++)
-            for (int64_t o = from; o < to; o++) {
-                if (type == FP32) {
-                    static_cast<float*>(dst)[word * out + o] = static_cast<const float*>(src)[o * src_stride + word] * scale;
-                    continue;
-                }
-                const uint16_t* row = static_cast<const uint16_t*>(src) + o * src_stride + word * 2;
-                uint16_t* pair = static_cast<uint16_t*>(dst) + (word * out + o) * 2;
-                pair[0] = scale == 1.0f ? row[0] : float_to_bf16(bf16_to_float(row[0]) * scale);
-                pair[1] = word * 2 + 1 == rank ? uint16_t(0)
-                          : scale == 1.0f      ? row[1]
-                                               : float_to_bf16(bf16_to_float(row[1]) * scale);
-            }
+    const int64_t words = words_of(rank, type);
+    char* to = static_cast<char*>(dst);
+    for (int64_t from = 0; from < out; from += TILE) {
+        const int64_t width = smaller(TILE, out - from);
+        for (int64_t word = 0; word < words; word++)
+            for (int64_t o = from; o < from + width; o++, to += 4) pack_word(to, src, o * src_stride, word, rank, scale, type);
     }
     return OK;
 }

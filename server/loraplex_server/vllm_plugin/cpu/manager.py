@@ -28,8 +28,10 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from loraplex_server.vllm_plugin.cpu import kernels
+from loraplex_server.vllm_plugin.cpu import ops
 from loraplex_server.vllm_plugin.cpu.blocks import EMPTY, STAGED, AdapterBlock, BlockReader, Layer
+from loraplex_server.vllm_plugin.cpu.choice import kernel_library
+from loraplex_server.vllm_plugin.cpu.kernels import SAMPLES, TOKENS, Table
 from loraplex_server.vllm_plugin.cpu.layers import ModuleLora, NativeEmbedding
 from loraplex_server.vllm_plugin.grouping import slots_of_rows
 
@@ -67,13 +69,15 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
             self._wrapping = False
         slots = self.lora_slots
         self.layers = tuple(self._layer(name, module) for name, module in self.modules.items())
-        self.table = kernels.Table([(layer.in_features, layer.out_features) for layer in self.layers], slots)
+        geometry = [layer.geometry for layer in self.layers]
+        self.table = Table(kernel_library(), geometry, slots, self.lora_config.lora_dtype)
         for number, module in enumerate(self.modules.values()):
             _replace_stacked(module, slots)
             module.set_mapping(ModuleLora(self.table, number))
             if isinstance(module, VocabParallelEmbeddingWithLoRA):
                 module.__class__ = NativeEmbedding
-        self.table.use()
+        ops.define()
+        ops.use(self.table)
 
     def _layer(self, name: str, module: Any) -> Layer:
         names = tuple(self.packed_modules.get(name, (name,)))
@@ -101,7 +105,7 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
         slot = self.lora_index_to_id.index(None)
-        self.table.bind(slot, self._registered_adapters[lora_id].block)
+        self.table.bind(slot, self._registered_adapters[lora_id].block.binding)
         self._last_mapping = None  # to be told again: the slot may hold another block than in the last step
         self.lora_index_to_id[slot] = lora_id
         self._active_adapters[lora_id] = None
@@ -122,9 +126,8 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         slot_of_id = {number: slot for slot, number in enumerate(self.lora_index_to_id) if number is not None}
-        self.table.set_rows(
-            slots_of_rows(mapping.index_mapping, slot_of_id), slots_of_rows(mapping.prompt_mapping, slot_of_id)
-        )
+        self.table.rows(TOKENS, slots_of_rows(mapping.index_mapping, slot_of_id))
+        self.table.rows(SAMPLES, slots_of_rows(mapping.prompt_mapping, slot_of_id))
 
 
 class AsStored(LoRAModel):  # type: ignore[misc]
