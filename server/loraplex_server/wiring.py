@@ -27,7 +27,7 @@ from loraplex_server.adapters.preflight import slot_bytes
 from loraplex_server.adapters.residency import Residency, ResidencyEvents
 from loraplex_server.adapters.versions import AdapterSource, NoSource, Versions
 from loraplex_server.calls.gate import Backend
-from loraplex_server.config import Config
+from loraplex_server.config import SLOTS, Config
 from loraplex_server.engine.protocol import Engine
 from loraplex_server.engine.supervision import SupervisionEvents, Supervisor
 from loraplex_server.errors import ConfigError
@@ -175,13 +175,14 @@ def make_residency(
 ) -> Residency:
     """Return what keeps adapters in an engine; see `Residency` for the arguments."""
     adapters = config.adapters
+    slots = adapters.slots or (config.places if engine.keeps_bytes else SLOTS)
     return Residency(
         engine=engine,
         source=source,
         events=events,
-        slots=adapters.slots,
+        slots=slots,
         memory_bytes_max=adapters.memory_bytes_max,
-        staged_max=_staged_max(adapters.slots),
+        staged_max=STAGED_MAX if engine.keeps_bytes else _staged_max(slots),
         ahead_max=max(1, adapters.fetches_max // 2),
         load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
@@ -254,7 +255,7 @@ def make_scheduler(
         running_max_of=lambda tenant: config.tenant(tenant).running_max or 1 << 30,
     )
     return Scheduler(
-        places=config.model.batch_requests + max(2, config.model.batch_requests // 4),
+        places=config.places,
         requests_max=config.limits.requests_max,
         queue=queue,
         quotas=Quotas(quota_of, clock=time.monotonic),

@@ -31,6 +31,7 @@ from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
 VOCAB = 1000
 BLOCK_TOKENS = 4  # of a prompt, kept in the prefix cache together
 DIMENSIONS = 8
+COPY_BYTES = 10  # of an adapter that an engine with `keeps_bytes` holds
 ANY_OBJECT = '{"type":"object"}'
 
 
@@ -65,11 +66,18 @@ class SimEngine:
     """See `loraplex_server.engine.protocol.Engine`; the public attributes are the orders a test gives."""
 
     def __init__(
-        self, base: BaseModel, *, slots: int, context_tokens: int = 64, task: str = "generate"
+        self,
+        base: BaseModel,
+        *,
+        slots: int,
+        context_tokens: int = 64,
+        task: str = "generate",
+        keeps_bytes: bool = False,
     ) -> None:
         self._base = base
         self._task: str = task
         self._slots = slots
+        self._keeps_bytes = keeps_bytes
         self._context_tokens = context_tokens
         self.adapters: dict[int, EngineAdapter] = {}
         self.slot_ids_seen: list[int] = []
@@ -103,6 +111,10 @@ class SimEngine:
     @property
     def task(self) -> str:
         return self._task
+
+    @property
+    def keeps_bytes(self) -> bool:
+        return self._keeps_bytes
 
     async def start(self) -> None:
         self._alive()
@@ -190,10 +202,11 @@ class SimEngine:
         assert held.name == adapter.name
         return adapter.name
 
-    async def load(self, adapter: EngineAdapter) -> None:
+    async def load(self, adapter: EngineAdapter) -> int:
         self._alive()
         assert adapter.path.is_dir(), "the engine was given bytes that are not there"
-        assert len(self.adapters) < self._slots, "the engine was given more adapters than it has slots"
+        full = len(self.adapters) >= self._slots and not self._keeps_bytes
+        assert not full, "the engine was given more adapters than it has slots"
         assert adapter.slot_id not in self.slot_ids_seen, "a slot id was used twice"
         self.slot_ids_seen.append(adapter.slot_id)
         if adapter.name in self.hang_names:
@@ -204,6 +217,7 @@ class SimEngine:
         self._alive()
         if adapter.name not in self.lie_names:
             self.adapters[adapter.slot_id] = adapter
+        return COPY_BYTES if self._keeps_bytes else 0
 
     async def unload(self, slot_id: int) -> None:
         self._alive()

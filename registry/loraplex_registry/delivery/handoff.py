@@ -103,6 +103,13 @@ class Handoff:
         if not right:
             raise DigestMismatchError(f"The bytes of {self.staged.digest} changed after they were verified.")
 
+    def settle(self) -> None:
+        """Let go of memory and links, and keep the entry in the cache: whoever read it all holds it now.
+
+        The path leads nowhere any more where it was sealed. May be called twice.
+        """
+        self._held.close()
+
     def close(self) -> None:
         """Let go of memory, links and lease; the engine must not open the path any more. May be called twice."""
         self._held.close()

@@ -43,11 +43,19 @@ class ResidencyEvents(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Entry(Record):
-    """One adapter: its record in the books, and what belongs to it."""
+    """One adapter: its record in the books, and what belongs to it.
+
+    Attributes:
+        settled: the engine made a copy that counts, of `held_bytes`; the bytes of `staged` were let go of.
+        adapter: as the engine knows it; also of one that is STAGED, where the engine keeps its bytes. None when that
+            engine died.
+    """
 
     version: AdapterVersion
     flight: "asyncio.Task[None] | None" = None
     staged: StagedAdapter | None = None
+    settled: bool = False
+    held_bytes: int = 0
     adapter: EngineAdapter | None = None
     spared_until: float = 0.0
     watchers: list[Progress] = field(default_factory=list)
@@ -176,11 +184,13 @@ class Flights:
         reason, left = "ok", Tier.MEMORY if entry.staged else None
         try:
             async with asyncio.timeout(self._load_timeout_s):
-                if entry.staged is None:
+                if entry.staged is None or (entry.settled and entry.adapter is None):
                     await self._fetch(entry)
                 if entry.wanted:
                     await self._load(entry)
                 else:
+                    if self.engine.keeps_bytes:
+                        await self._hand_over(entry)
                     self._keep(entry)
         except TimeoutError:
             reason = AdapterNotReadyError.code
@@ -212,6 +222,7 @@ class Flights:
             loop.call_soon_threadsafe(self._hear, entry, phase, done, total)
 
         entry.staged = await self._source.stage(entry.version, report)
+        entry.settled = False
         if entry.state is State.FETCHING:  # nobody said that the bytes were being checked
             self.books.move(entry, State.VERIFYING)
         if entry.expelled is not None:
@@ -234,13 +245,14 @@ class Flights:
             AdapterNotReadyError: memory has no room for it.
         """
         assert entry.staged is not None
-        leaving = self.books.out_of_memory(entry, entry.staged.size_bytes)
+        size_bytes = entry.held_bytes if entry.settled else entry.staged.size_bytes
+        leaving = self.books.out_of_memory(entry, size_bytes)
         if leaving is None:
             raise AdapterNotReadyError(
                 f"no memory is left for {entry.version.name}", retry_after_s=RETRY_AFTER_S
             )
         self._displace(leaving)
-        entry.reserved, entry.size_bytes = False, entry.staged.size_bytes
+        entry.reserved, entry.size_bytes = False, size_bytes
         self.books.move(entry, State.STAGED)
 
     async def _load(self, entry: Entry) -> None:
@@ -249,10 +261,20 @@ class Flights:
             self.books.move(entry, State.LOADING)
         _tell(entry, "load", entry.staged.size_bytes, entry.staged.size_bytes)
         await self._take_slot(entry)
+        if entry.adapter is None:
+            await self._hand_over(entry)
+        if entry.expelled is not None:
+            raise entry.expelled
+        self.books.move(entry, State.RESIDENT)
+        entry.spared_until = 0.0
+
+    async def _hand_over(self, entry: Entry) -> None:
+        """Have the engine read an adapter's bytes; where it keeps them, ours are let go of."""
+        assert entry.staged is not None
+        lost, started = self.lost, self._clock()
         adapter = EngineAdapter(name=entry.version.name, slot_id=next(self._slot_ids), path=entry.staged.path)
         entry.adapter = adapter
-        started = self._clock()
-        await self.of_engine(self.engine.load(adapter))
+        entry.held_bytes = await self.of_engine(self.engine.load(adapter))
         # Before any request can use it: were these the bytes, and does the engine really have it?
         _, listed = await asyncio.gather(
             self._source.confirm(entry.staged), self.of_engine(self.engine.loaded())
@@ -262,11 +284,12 @@ class Flights:
                 f"{adapter.name}: the engine says that it has loaded it, and does not list it",
                 retry_after_s=RETRY_AFTER_S,
             )
-        if entry.expelled is not None:
-            raise entry.expelled
-        self.books.move(entry, State.RESIDENT)
-        entry.spared_until = 0.0
         self._events.adapter_phase("load", self._clock() - started)
+        if self.engine.keeps_bytes:
+            entry.settled = True
+            await self._source.settle(entry.staged)
+        if lost.is_set():  # meanwhile, and the copy went with it
+            raise _no_engine()
 
     async def _take_slot(self, entry: Entry) -> None:
         """Claim a slot, evicting the least recently used idle adapter, or wait until one is idle."""
@@ -306,6 +329,13 @@ class Flights:
 
     async def _clear(self, entry: Entry, tier: Tier | None, cause: Cause) -> None:
         """Free what an adapter holds, then forget it, or stage it when only its slot was wanted."""
+        stays = cause is Cause.FOR_SLOT and entry.expelled is None
+        if stays and entry.settled:
+            entry.slot = False
+            if self._kept(entry):  # the engine's copy is what memory holds
+                self._events.adapter_gone(Tier.SLOT, cause)
+                self.notify()
+                return
         try:
             if entry.adapter is not None:
                 with contextlib.suppress(EngineUnavailableError):  # one that died has nothing to free
@@ -314,7 +344,7 @@ class Flights:
             entry.adapter, entry.slot = None, False
             if tier is not None:
                 self._events.adapter_gone(tier, cause)
-            if not (cause is Cause.FOR_SLOT and entry.expelled is None and self._kept(entry)):
+            if not (stays and not entry.settled and self._kept(entry)):
                 await self._forget(entry)
             self.notify()
 

@@ -4,7 +4,10 @@ The drawing of the states is in `books`.
 
 Three tiers: a slot of the engine; memory, where verified bytes wait sealed for a slot (STAGED); the registry's cache on
 disk, which knows nothing of this module. An adapter that loses its slot stays in memory while there is room, and comes
-back for the price of the engine's own copy.
+back for the price of the engine's own copy. Where the engine keeps copies that a slot costs nothing beside
+(`Engine.keeps_bytes`), what is STAGED is such a copy: it comes back for nothing, and the sealed bytes are let go of as
+soon as it is made. When the engine dies, copies are made again from the cache on disk: of what was in a slot at once,
+of what is STAGED when it is asked for.
 
 Promises: one flight per digest, however many callers wait for it; a caller that leaves does not stop a flight that
 others wait for; a failed, hanging or lying load harms only those who asked for it and leaves nothing behind, in the
@@ -273,6 +276,9 @@ class Residency:
             self._books.move(entry, State.LOADING)
             entry.adapter = None
             self._events.adapter_gone(Tier.SLOT, Cause.ENGINE_DIED)
+        for entry in self._books:
+            if entry.settled:  # the copy is gone; whoever wants it has it made again, from the cache on disk
+                entry.adapter = None
         try:
             async with asyncio.timeout(ENDING_S):
                 await self._flights.until(lambda: not any(entry.leases for entry in self._books))
@@ -309,11 +315,11 @@ class Residency:
         An adapter that the engine has lost leaves, and comes back when it is asked for; one that the engine holds
         beyond the books is unloaded. Says nothing while adapters come or go.
         """
-        before = self._in_slots()
+        before = self._in_engine()
         if self.moving or self._flights.lost.is_set():
             return []
         loaded = await self._flights.of_engine(self._flights.engine.loaded())
-        if self.moving or self._in_slots() != before:
+        if self.moving or self._in_engine() != before:
             return []  # adapters came or went while the engine was asked
         known = {adapter.slot_id: entry for entry, adapter in before}
         found = []
@@ -346,17 +352,19 @@ class Residency:
         """
         loaded = await self._flights.engine.loaded()
         self._books.obey()
-        resident = {adapter.slot_id for _, adapter in self._in_slots()}
-        assert resident == loaded, f"engine holds {sorted(loaded)}, books say {sorted(resident)}"
+        held = {adapter.slot_id for _, adapter in self._in_engine()}
+        assert held == loaded, f"engine holds {sorted(loaded)}, books say {sorted(held)}"
 
     def at_rest(self) -> list[StagedAdapter]:
         """Return the bytes that are kept for adapters in slots and in memory, while nothing happens to them."""
         there = (State.STAGED, State.RESIDENT)
-        return [entry.staged for entry in self._books if entry.staged and entry.state in there]
+        kept = [entry for entry in self._books if entry.state in there and not entry.settled]
+        return [entry.staged for entry in kept if entry.staged]
 
-    def _in_slots(self) -> list[tuple[Entry, EngineAdapter]]:
+    def _in_engine(self) -> list[tuple[Entry, EngineAdapter]]:
         """What the engine should list, the least recently loaded first."""
-        found = [(e, e.adapter) for e in self._books if e.adapter and e.state is State.RESIDENT]
+        there = (State.STAGED, State.RESIDENT)
+        found = [(e, e.adapter) for e in self._books if e.adapter and e.state in there]
         return sorted(found, key=lambda item: item[1].slot_id)
 
     async def _ensure(self, version: AdapterVersion, progress: Progress | None) -> tuple[Entry, bool]:

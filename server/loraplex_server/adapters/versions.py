@@ -70,6 +70,9 @@ class AdapterSource(Protocol):
     async def confirm(self, staged: StagedAdapter) -> None:
         """Raise RegistryError if what the engine has just read may not be what was checked."""
 
+    async def settle(self, staged: StagedAdapter) -> None:
+        """Let go of the bytes in memory, which the engine holds now; what is on disk is kept for `stage`."""
+
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of the bytes; the engine will not read them again."""
 
@@ -88,6 +91,9 @@ class NoSource:
         raise AssertionError("no registry, yet an adapter was resolved")
 
     async def confirm(self, staged: StagedAdapter) -> None:
+        """Nothing was staged."""
+
+    async def settle(self, staged: StagedAdapter) -> None:
         """Nothing was staged."""
 
     async def discard(self, staged: StagedAdapter) -> None:
@@ -142,6 +148,7 @@ class Versions:
         self._clock = clock
         self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
         self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
+        self._settled: set[str] = set()  # digests of those whose bytes an engine holds instead
         self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
@@ -269,7 +276,11 @@ class Versions:
             self._left_behind[version.digest] = fetch
             fetch.add_done_callback(partial(self._clear_up, version.digest))
             raise
+        before = self._handoffs.get(version.digest)
         self._handoffs[version.digest] = handoff
+        self._settled.discard(version.digest)
+        if before is not None:  # settled; until now it kept the entry in the cache
+            await asyncio.to_thread(before.close)
         return handoff.staged
 
     async def _fetch(self, version: AdapterVersion, progress: Progress) -> Handoff:
@@ -312,7 +323,8 @@ class Versions:
     def pieces(self, staged: StagedAdapter) -> int:
         """See `AdapterSource.pieces`."""
         handoff = self._handoffs.get(staged.digest)
-        return handoff.pieces if handoff and handoff.staged is staged else 0
+        here = handoff is not None and handoff.staged is staged and staged.digest not in self._settled
+        return handoff.pieces if handoff and here else 0
 
     async def recheck(self, staged: StagedAdapter, piece: int) -> float:
         """Look at a piece of what was staged again.
@@ -332,8 +344,14 @@ class Versions:
 
         return await asyncio.to_thread(look)
 
+    async def settle(self, staged: StagedAdapter) -> None:
+        """Let go of the sealed bytes of an adapter that an engine holds; its entry stays in the cache."""
+        self._settled.add(staged.digest)
+        await asyncio.to_thread(self._handoffs[staged.digest].settle)
+
     async def discard(self, staged: StagedAdapter) -> None:
         """Let go of a path; what is on disk stays in the cache. Doing it twice does nothing."""
+        self._settled.discard(staged.digest)
         handoff = self._handoffs.pop(staged.digest, None)
         if handoff is not None:
             await asyncio.to_thread(handoff.close)

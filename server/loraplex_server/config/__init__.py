@@ -3,6 +3,7 @@
 from loraplex_server.config.addresses import split_address
 from loraplex_server.config.reading import load_config, parse_config
 from loraplex_server.config.settings import (
+    SLOTS,
     AdapterSettings,
     AuthSettings,
     Config,
@@ -17,6 +18,7 @@ from loraplex_server.config.settings import (
 )
 
 __all__ = [
+    "SLOTS",
     "AdapterSettings",
     "AuthSettings",
     "Config",

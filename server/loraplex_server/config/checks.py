@@ -6,7 +6,7 @@ Promises: a value out of range names its key and the file; nothing opens the ser
 from pathlib import Path
 
 from loraplex_server.config.addresses import is_loopback, split_address
-from loraplex_server.config.settings import ENGINE_RANKS, Config
+from loraplex_server.config.settings import ENGINE_RANKS, SLOTS, Config
 from loraplex_server.errors import ConfigError
 
 ACCESS_LOGS = ("text", "json", "off")
@@ -39,7 +39,7 @@ def check(config: Config, origin: Path) -> None:
         ("model.kv_cache_gib", model.kv_cache_gib, 1, 4096),
         ("model.gpu_memory_fraction", model.gpu_memory_fraction, 0.05, 1),
         ("model.seed", model.seed, 0, 2**32 - 1),
-        ("adapters.slots", adapters.slots, 2, 1024),
+        ("adapters.slots", adapters.slots or SLOTS, 2, 1024),
         ("adapters.rank_max", adapters.rank_max, 1, ENGINE_RANKS[-1]),
         ("adapters.size_mib_max", adapters.size_mib_max, 1, 65_536),
         ("adapters.cache_bytes_max", adapters.cache_bytes_max, 0, 1 << 60),

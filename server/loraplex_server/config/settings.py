@@ -11,6 +11,8 @@ from loraplex_registry.storage.s3_options import S3Options
 
 # vLLM sizes its slots by one of these (vllm/config/lora.py).
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SLOTS = 16
+"""Adapters in an engine whose slots take memory, unless the settings say otherwise."""
 _MIB = 1024 * 1024
 
 
@@ -57,7 +59,7 @@ class ModelSettings:
 class AdapterSettings:
     """How many adapters are held at once, and of what size."""
 
-    slots: int = 16  # adapters in the engine at the same time
+    slots: int = 0  # adapters that calls use at the same time; 0: SLOTS, or `places` where slots cost nothing
     rank_max: int = 16
     size_mib_max: int = 512  # one adapter's weights file
     embeddings: bool = (
@@ -176,6 +178,11 @@ class Config:
     def serves_adapters(self) -> bool:
         """Whether the engine needs slots for adapters at all: without a registry there is none to bring in."""
         return bool(self.registry.url)
+
+    @property
+    def places(self) -> int:
+        """Calls at the engine at the same time: a batch, and those that take the places of the first to end."""
+        return self.model.batch_requests + max(2, self.model.batch_requests // 4)
 
     @property
     def adapter_bytes_max(self) -> int:

@@ -168,6 +168,10 @@ class Engine(Protocol):
     def task(self) -> str:
         """What the base model serves, "generate" or "embed": which of the two methods may be called."""
 
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether `load` makes a copy in memory that a slot costs nothing beside: the path is not read again."""
+
     async def start(self) -> None:
         """Load the base model. Raises EngineUnavailableError when it cannot serve correctly."""
 
@@ -201,8 +205,11 @@ class Engine(Protocol):
             EngineUnavailableError: as `generate`.
         """
 
-    async def load(self, adapter: EngineAdapter) -> None:
-        """Copy an adapter into a free slot. Either it serves afterwards or an error is raised.
+    async def load(self, adapter: EngineAdapter) -> int:
+        """Bring an adapter in, into a free slot where it has them. Either it serves afterwards or an error is raised.
+
+        Returns:
+            Bytes of the copy that `keeps_bytes` speaks of; 0 for other engines.
 
         Raises:
             UnsupportedAdapterError: the engine refused these weights; it goes on serving others.
@@ -210,7 +217,7 @@ class Engine(Protocol):
         """
 
     async def unload(self, slot_id: int) -> None:
-        """Free the slot. Unloading what is not loaded does nothing."""
+        """Free the slot and the copy. Unloading what is not loaded does nothing."""
 
     async def loaded(self) -> frozenset[int]:
         """Slot ids that the engine holds, asked of the engine itself."""

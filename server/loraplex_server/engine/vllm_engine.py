@@ -2,21 +2,23 @@
 
 Promises: the base is in memory once, whatever the number of adapters; adapters enter by `load` alone, before a
 request names them (a lazy load that fails inside a step ends vLLM for everybody); on CPU it refuses to start
-unless the correct LoRA wrapper is really in the model's layers; vLLM never evicts on its own, because it is
-never given more adapters than it has slots. With `vllm_settings` and `vllm_values` all here that knows vLLM.
+unless a correct LoRA wrapper is really in the model's layers; vLLM never evicts on its own, because it is
+never given more adapters than it has slots, or keeps them beside its slots. With `vllm_adapters`, `vllm_settings` and
+`vllm_values` all here that knows vLLM.
 """
 
 import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex_registry.errors import SettingsError, UnsupportedAdapterError
+from loraplex_registry.errors import SettingsError
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.checkpoint import checkpoint_directory
 from loraplex_server.config import Config
@@ -35,9 +37,20 @@ from loraplex_server.engine.protocol import (
 from loraplex_server.engine.quantize import int8_checkpoint
 from loraplex_server.engine.vllm_settings import engine_arguments, set_environment
 from loraplex_server.engine.vllm_values import (
+from loraplex_server.errors import (
+    AdapterNotReadyError,
+    ConfigError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
+from loraplex_server.engine.form_trials import FormTrials, sandbox_command
+from loraplex_server.engine.quantize import int8_checkpoint
+from loraplex_server.engine.protocol.vllm_adapters import Loading, Staged, ThroughEngine
+from loraplex_server.vllm_plugin import CORRECT_WRAPPERS, NATIVE_WRAPPER
+from loraplex_server.engine.vllm_settings import engine_arguments, set_environment, widen_slots
+from loraplex_server.engine.vllm_values import (
     chunks,
     embedding,
-    lora_request,
     lost,
     refuse_unsupported,
     sampling_params,
@@ -65,6 +78,7 @@ class VllmEngine:
         self._config = config
         self._cache_dir = cache_dir
         self._llm: AsyncLLM | None = None
+        self._loading: Loading | None = None
         self._starting: asyncio.Future[AsyncLLM] | None = None
         self._base: BaseModel | None = None
         self._tokenizer: Any = None
@@ -121,6 +135,7 @@ class VllmEngine:
         await self._start_vllm(served)
         if self._config.serves_adapters:
             await self._refuse_wrong_lora()
+            self._loading = await self._way_in()
         self._trials = FormTrials(sandbox_command(directory, self._vocab_size))
         if self.task == "generate":
             await self._warm_up()
@@ -154,16 +169,28 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = AsyncEngineArgs(**engine_arguments(self._config, directory, self.base))
-        return AsyncLLM.from_vllm_config(arguments.create_engine_config(), disable_log_stats=False)
+        vllm_config = arguments.create_engine_config()
+        widen_slots(vllm_config)
+        return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=False)
+
+    async def _way_in(self) -> Loading:
+        """Return how adapters come in: staged by the worker where it can, through the engine loop otherwise."""
+        if not await self._is_native():
+            return ThroughEngine(self._vllm)
+        cache = self._config.adapters.cache_dir or self._cache_dir / "adapters"
+        return await Staged.open(self._vllm, pid=os.getpid(), roots=[str(cache)])
+
+    async def _is_native(self) -> bool:
+        return await self._vllm.collective_rpc("loraplex_lora_wrapper") == [NATIVE_WRAPPER]
 
     async def _refuse_wrong_lora(self) -> None:
-        """On CPU, ask every worker which LoRA wrapper its layers hold, and stop unless it is ours."""
+        """On CPU, ask every worker which LoRA wrapper its layers hold, and stop unless it is one of ours."""
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
             return
         for wrapper in await self._vllm.collective_rpc("loraplex_lora_wrapper"):
-            if wrapper != GROUPED_WRAPPER:
+            if wrapper not in CORRECT_WRAPPERS:
                 await self.close()
                 raise EngineUnavailableError(
                     f"LoRA on CPU would run through {wrapper or 'nothing'}, which mixes tenants' rows; is the "
@@ -175,6 +202,17 @@ class VllmEngine:
         if self._llm is None:
             raise EngineUnavailableError("the engine is not running", retry_after_s=5.0)
         return self._llm
+
+    @property
+    def _adapters(self) -> Loading:
+        if self._loading is None:
+            raise EngineUnavailableError("the engine is not running", retry_after_s=5.0)
+        return self._loading
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """See `Engine.keeps_bytes`."""
+        return self._loading is not None and self._loading.keeps_bytes
 
     async def encode_text(self, text: str) -> list[int]:
         """See `Engine.encode_text`."""
@@ -227,12 +265,17 @@ class VllmEngine:
                     request.request_id,
                     tokens_input(list(request.prompt_ids), cache_salt=request.cache_salt),
                     sampling_params(request.sampling),
-                    lora_request=lora_request(request.adapter) if request.adapter else None,
+                    lora_request=self._adapters.request(request.adapter) if request.adapter else None,
                 )
                 while not finished:
                     output = collector.get_nowait() or await collector.get()
                     finished = output.finished
-                    for chunk in self._chunks(output, request):
+                    try:
+                        parts = self._chunks(output, request)
+                    except EngineUnavailableError as error:
+                        await self._require(request.adapter)
+                        raise error
+                    for chunk in parts:
                         yield chunk
                     if not finished:
                         await self._beat.next()  # meanwhile the collector joins what comes
@@ -252,50 +295,44 @@ class VllmEngine:
                     self._losses.popitem(last=False)
             raise
 
+    async def _require(self, adapter: EngineAdapter | None) -> None:
+        """Say so if the engine does not hold an adapter that a request names; `Residency.audit` will see it too.
+
+        Raises:
+            AdapterNotReadyError: that is why.
+        """
+        if adapter is not None and adapter.slot_id not in await self.loaded():
+            raise AdapterNotReadyError(f"the engine has lost {adapter.name}; ask again", retry_after_s=1.0)
+
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:
         """See `Engine.embed`."""
         from vllm.pooling_params import PoolingParams
 
+        # First: where the engine core ends such a request by itself, vLLM's front end takes it for a bug and ends.
+        await self._require(request.adapter)
         with _named_errors():
             outputs = self._vllm.encode(
                 {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.cache_salt},
                 PoolingParams(task="embed"),
                 request.request_id,
-                lora_request=lora_request(request.adapter) if request.adapter else None,
+                lora_request=self._adapters.request(request.adapter) if request.adapter else None,
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     return embedding(output)
         raise EngineUnavailableError("the engine gave no vector")
 
-    async def load(self, adapter: EngineAdapter) -> None:
+    async def load(self, adapter: EngineAdapter) -> int:
         """See `Engine.load`."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            loaded = await self._vllm.add_lora(lora_request(adapter))
-        except EngineDeadError:
-            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
-        except Exception as error:
-            _log.warning("vLLM refused %s: %s", adapter.name, error)
-            raise UnsupportedAdapterError(f"{adapter.name}: the engine refused these weights") from error
-        if not loaded:
-            raise UnsupportedAdapterError(f"{adapter.name}: the engine did not take these weights")
+        return await self._adapters.load(adapter)
 
     async def unload(self, slot_id: int) -> None:
         """See `Engine.unload`."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            await self._vllm.remove_lora(slot_id)
-        except EngineDeadError:
-            raise EngineUnavailableError("the engine stopped", retry_after_s=5.0) from None
+        await self._adapters.unload(slot_id)
 
     async def loaded(self) -> frozenset[int]:
         """See `Engine.loaded`."""
-        if not self._config.serves_adapters:
-            return frozenset()
-        return frozenset(await self._vllm.list_loras())
+        return await self._adapters.loaded() if self._config.serves_adapters else frozenset()
 
     async def check(self) -> None:
         """See `Engine.check`."""
@@ -311,6 +348,9 @@ class VllmEngine:
         """See `Engine.close`."""
         if self._trials is not None:
             await self._trials.close()
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            await loading.close()
         llm, self._llm = self._llm, None
         if llm is None and self._starting is not None:
             llm = await _ended(self._starting)

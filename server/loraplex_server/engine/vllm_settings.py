@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_registry.validation.base import BaseModel
-from loraplex_server.config import Config
-from loraplex_server.vllm_plugin import WORKER_EXTENSION
+from loraplex_server.config import SLOTS, Config
+from loraplex_server.vllm_plugin import CPU_LORA_ENV, WORKER_EXTENSION
 
 
 def set_environment(config: Config) -> None:
@@ -60,9 +60,31 @@ def engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[s
     return arguments
 
 
+def widen_slots(vllm_config: Any) -> None:
+    """Give an engine that will serve LoRA natively as many slots as it has rows: there they are pointers.
+
+    vLLM keeps requests waiting whose adapter is not among `max_loras` in the running batch; so no request waits.
+    """
+    if _serves_natively(vllm_config):
+        vllm_config.lora_config.max_loras = vllm_config.scheduler_config.max_num_seqs
+        vllm_config.lora_config.max_cpu_loras = vllm_config.scheduler_config.max_num_seqs
+
+
+def _serves_natively(vllm_config: Any) -> bool:
+    """Whether the engine will choose native mode; the same question is put to the worker afterwards."""
+    from vllm.platforms import current_platform
+
+    chosen = os.environ.get(CPU_LORA_ENV, "") in ("", "native")
+    if vllm_config.lora_config is None or not current_platform.is_cpu() or not chosen:
+        return False
+    from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
+
+    return not reason_against_native(vllm_config)
+
+
 def _lora_arguments(config: Config, base: BaseModel) -> dict[str, Any]:
     """What vLLM needs for adapters, and what slows every step down a little even while none is in use."""
-    slots = config.adapters.slots
+    slots = config.adapters.slots or SLOTS
     arguments: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": slots,

@@ -23,11 +23,13 @@ _LOST = (
 )
 
 
-def lora_request(adapter: EngineAdapter) -> Any:
-    """Return the adapter as vLLM names it."""
+def lora_request(adapter: EngineAdapter, *, path: str = "") -> Any:
+    """Return the adapter as vLLM names it, with its own path unless another is given."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path))
+    return LoRARequest(
+        lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=path or str(adapter.path)
+    )
 
 
 def sampling_params(sampling: Sampling) -> Any:

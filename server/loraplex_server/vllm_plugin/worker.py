@@ -1,8 +1,8 @@
 """What the loraplex server may ask of a vLLM worker, through ``worker_extension_cls``.
 
 vLLM mixes `WorkerExtension` into its worker class; the server calls the methods by name through
-``collective_rpc("loraplex_...")``. They only read, and return plain data (str, int, dict), because the reply
-crosses a process boundary and nothing is to be pickled by us.
+``collective_rpc("loraplex_...")``. They take and return plain data (str, int, dict), because it crosses a process
+boundary and nothing is to be pickled by us.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class WorkerExtension:
-    """Read-only questions to a worker; the prefix ``loraplex_`` keeps the names clear of vLLM's own."""
+    """Questions to a worker; the prefix ``loraplex_`` keeps the names clear of vLLM's own."""
 
     model_runner: Any  # vLLM's; set by the worker class this is mixed into
 
@@ -26,6 +26,18 @@ class WorkerExtension:
             return ""
         modules = manager._adapter_manager.modules.values()
         return ",".join(sorted({_qualified_name(type(module.punica_wrapper)) for module in modules}))
+
+    def loraplex_stage_at(self, directory: str, peer_pid: int, roots: list[str]) -> None:
+        """Begin to take adapters in over a socket, beside the steps; only in native mode. See `cpu.staging.Staging`.
+
+        Raises:
+            OSError: there is no listening in that directory.
+        """
+        from loraplex_server.vllm_plugin.cpu.blocks import STAGED
+        from loraplex_server.vllm_plugin.cpu.staging import Staging
+
+        read = self.model_runner.lora_manager.reader().read
+        Staging(Path(directory), read=read, store=STAGED, peer_pid=peer_pid, roots=roots).start()
 
     def loraplex_memory(self) -> dict[str, int]:
         """Return this worker's memory in bytes: ``rss``, ``peak_rss`` and ``pss`` (shared pages divided)."""

@@ -1,6 +1,7 @@
 """Residency over the deterministic engine and bytes that are an empty directory: for tests."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,8 +59,12 @@ class SimSource:
         if staged.path.name in self.swapped:
             raise DigestMismatchError("swapped")
 
-    async def discard(self, staged: StagedAdapter) -> None:
+    async def settle(self, staged: StagedAdapter) -> None:
         staged.path.rmdir()
+
+    async def discard(self, staged: StagedAdapter) -> None:
+        with contextlib.suppress(FileNotFoundError):  # settled before
+            staged.path.rmdir()
 
     def pieces(self, staged: StagedAdapter) -> int:
         return int(staged.path.is_dir())
@@ -113,15 +118,23 @@ class Rig:
         """The engine dies, and a fresh one takes its place."""
         self.engine.dead = True
         await self.residency.engine_lost(EngineUnavailableError("the engine stopped"))
-        self.engine = SimEngine(BASE, slots=self.residency.slots_total)
+        keeps_bytes = self.engine.keeps_bytes
+        self.engine = SimEngine(BASE, slots=self.residency.slots_total, keeps_bytes=keeps_bytes)
         await self.residency.restore(self.engine)
 
 
 def make_rig(
-    root: Path, *, slots: int = 2, load_timeout_s: float = 5.0, staged_max: int = 0, ahead_max: int = 2
+    root: Path,
+    *,
+    slots: int = 2,
+    load_timeout_s: float = 5.0,
+    staged_max: int = 0,
+    ahead_max: int = 2,
+    keeps_bytes: bool = False,
 ) -> Rig:
     """Build one; memory has room for `staged_max` adapters."""
-    engine, source, events = SimEngine(BASE, slots=slots), SimSource(root), Events()
+    engine = SimEngine(BASE, slots=slots, keeps_bytes=keeps_bytes)
+    source, events = SimSource(root), Events()
     clock: Callable[[], float] = asyncio.get_running_loop().time
     residency = Residency(
         engine=engine,

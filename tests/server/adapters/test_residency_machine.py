@@ -26,8 +26,9 @@ EXPECTED = (
 class Machine(RuleBasedStateMachine):
     """Law: books, engine and held bytes agree, and within their bounds, at every step and at the end."""
 
-    @initialize(slots=st.integers(2, 3), staged=st.integers(0, 3))
-    def begin(self, slots: int, staged: int) -> None:
+    @initialize(slots=st.integers(2, 3), staged=st.integers(0, 3), keeps_bytes=st.booleans())
+    def begin(self, slots: int, staged: int, keeps_bytes: bool) -> None:
+        self.keeps_bytes = keeps_bytes
         self.loop = asyncio.new_event_loop()
         self.root = Path(tempfile.mkdtemp())
         self.slots, self.staged_max = slots, staged
@@ -37,7 +38,13 @@ class Machine(RuleBasedStateMachine):
         self.run(self._make())
 
     async def _make(self) -> None:
-        self.rig = make_rig(self.root, slots=self.slots, staged_max=self.staged_max, load_timeout_s=30)
+        self.rig = make_rig(
+            self.root,
+            slots=self.slots,
+            staged_max=self.staged_max,
+            load_timeout_s=30,
+            keeps_bytes=self.keeps_bytes,
+        )
 
     def run(self, work: object, *, steps: int = 0) -> None:
         """Run a coroutine to its end, or the loop for some steps."""
@@ -156,11 +163,12 @@ class Machine(RuleBasedStateMachine):
         residency._books.obey()
         entries = list(residency._books)
         assert len({entry.digest for entry in entries}) == len(entries)
-        resident = {entry.adapter.slot_id for entry in entries if entry.state == "resident" and entry.adapter}
+        there = ("resident", "staged")
+        resident = {entry.adapter.slot_id for entry in entries if entry.state in there and entry.adapter}
         assert resident <= set(engine.adapters)
-        assert len(engine.adapters) <= self.slots
+        assert engine.dead or len(engine.adapters) <= (len(entries) if self.keeps_bytes else self.slots)
         assert residency.memory_bytes <= self.staged_max * SIZE
-        held = {entry.version.adapter for entry in entries if entry.staged}
+        held = {entry.version.adapter for entry in entries if entry.staged and not entry.settled}
         assert held <= self.rig.directories(), "bytes were let go while they were in the books"
         for task in self.others + [task for calls in self.calls.values() for task, _ in calls]:
             if task.done() and not task.cancelled() and task.exception() is not None:
@@ -188,7 +196,7 @@ class Machine(RuleBasedStateMachine):
             await asyncio.sleep(0)
         assert not residency.moving, self.rig.states()
         await residency.check()
-        assert self.rig.directories() == set(self.rig.states())
+        assert self.rig.directories() == (set() if self.keeps_bytes else set(self.rig.states()))
         for status in residency.statuses():
             assert status.active_requests == 0
             await residency.unload(status.version.digest)

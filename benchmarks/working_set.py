@@ -1,0 +1,111 @@
+"""Throughput when more adapters are in use than the engine has slots: half as many up to eight times as many.
+
+    python -m benchmarks.working_set [--json] [--rounds N] [--quick] [--no-stock] [--compile] [--save]
+
+16 calls at a time, each with the next adapter in turn, so that no adapter comes again before all others did: the worst
+order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours is
+the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper, whose calls name
+adapters and which loads what it has to, 16 slots and the same calls. Every adapter was loaded once before it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.frontend_servers import ensure_servable
+from benchmarks.models import SHAPES, ensure_adapters
+from benchmarks.report import Measurement, as_line, as_table, save, summarize
+from benchmarks.served_engine import ServedEngine, ServedSpec
+
+SLOTS = 16
+ROWS = 16
+FILES = 16  # adapters beyond these are the same files under other names: other blocks of memory
+RANK = 16
+TIMES = (0.5, 1, 2, 4, 8)
+STOCK_TIMES = (1, 4)  # it takes minutes
+
+
+def measure(
+    workdir: Path, *, rounds: int, calls: int, tokens: int, threads: int, stock: bool, eager: bool
+) -> list[Measurement]:
+    """Start the engines, run the sizes in turn, and return the figures."""
+    base = str(ensure_servable(SHAPES["0.5b"], workdir))
+    adapters = tuple(map(str, ensure_adapters(SHAPES["0.5b"], workdir, count=FILES, rank=RANK)))
+    engines: dict[str, ServedEngine] = {}
+    try:
+        for name, wrapper in (("", "native"), ("stock_", "stock"))[: 1 + stock]:
+            # Ours chooses its slots itself: at least one for each call of the batch.
+            slots = SLOTS if name else 0
+            spec = ServedSpec(
+                base, str(workdir), adapters, wrapper, rows=ROWS, rank=RANK, slots=slots, eager=eager
+            )
+            engines[name] = ServedEngine(spec, threads=threads)
+            print(f"{name or 'ours'}: {engines[name].started}", file=sys.stderr)
+        return _turns(engines, rounds=rounds, calls=calls, tokens=tokens)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def _turns(engines: dict[str, ServedEngine], *, rounds: int, calls: int, tokens: int) -> list[Measurement]:
+    rates: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        for name, engine in engines.items():
+            for times in STOCK_TIMES if name else TIMES:
+                adapters = int(SLOTS * times)
+                asked = {"do": "turns", "adapters": adapters, "through_server": not name}
+                asked |= {"calls": calls, "tokens": tokens} if number else {"calls": adapters, "tokens": 1}
+                rate = engine.ask(asked)["tok_s"]
+                print(f"round {number}/{rounds} {name}ws{times:g}: {rate:.1f} tok/s", file=sys.stderr)
+                if number:
+                    rates[name, times].append(rate)
+    found = []
+    for (name, times), values in rates.items():
+        found.append(summarize(f"{name}ws{times:g}_tok_s", values, "tok/s"))
+        if times != 1:
+            ratios = [one / all_in for one, all_in in zip(values, rates[name, 1], strict=True)]
+            target = 0.80 if times == 4 and not name else None
+            found.append(summarize(f"{name}ws{times:g}_ratio", ratios, "ratio", target))
+    return found
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    options = _parser().parse_args()
+    settings = {
+        "rounds": 1 if options.quick else options.rounds,
+        "calls": 32 if options.quick else 64,
+        "tokens": 6 if options.quick else 24,
+        "threads": options.threads,
+        "stock": options.stock,
+        "eager": not options.compile,
+    }
+    found = measure(options.workdir, **settings)
+    print("\n".join(map(as_line, found)) if options.json else as_table(found))
+    if options.save:
+        save("working_set", settings, found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.working_set", description=__doc__)
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of all sizes (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--no-stock", dest="stock", action="store_false", help="ours alone")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile where LoRA allows it")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/working_set.json")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks", help="for models"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
