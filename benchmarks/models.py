@@ -84,7 +84,17 @@ def ensure_adapters(
     return targets
 
 
-def size_bytes(paths: list[Path]) -> int:
+def linked_copies(adapters: Sequence[Path], directory: Path, count: int) -> list[Path]:
+    """Make `count` directories of hard links to the files of `adapters`, in turn, and return them."""
+    copies = [directory / f"copy-{number}" for number in range(count)]
+    for number, copy in enumerate(copies):
+        copy.mkdir()
+        for path in adapters[number % len(adapters)].iterdir():
+            (copy / path.name).hardlink_to(path)
+    return copies
+
+
+def size_bytes(paths: Sequence[Path]) -> int:
     """Return the size of the adapters' weight files together."""
     return sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
 
