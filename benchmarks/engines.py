@@ -52,6 +52,7 @@ class EngineSpec:
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
     worker_process: bool = False  # vLLM's default layout on CPU, see `Engine`
     compile: bool = False  # torch.compile, which vLLM itself switches off on CPU as soon as LoRA is on
+    trace_directory: str = ""  # where `profile` requests write; empty: no profiler
 
 
 class Engine:
@@ -59,6 +60,8 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, *, threads: int) -> None:
         environment = os.environ | {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
+        if spec.trace_directory:
+            environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
         if not torch.cuda.is_available():
             environment |= _cpu_environment(spec, threads)
         self._process = subprocess.Popen(
@@ -156,6 +159,13 @@ def _engine_options(spec: EngineSpec) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         options |= {"gpu_memory_utilization": GPU_MEMORY_SHARE, "kv_cache_memory_bytes": KV_CACHE_GIB * 2**30}
+    if spec.trace_directory:
+        options["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": spec.trace_directory,
+            "torch_profiler_with_stack": False,
+            "ignore_frontend": True,
+        }
     slots = spec.slots or len(spec.adapters)
     if slots:
         options |= {
@@ -175,8 +185,8 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
     """Answer requests, one at a time; reading the next one blocks the loop, and nothing runs then.
 
     ``{"rows": [adapter number or null], "prompt_tokens": n, "new_tokens": n}`` generates, driven as the server
-    drives the engine. ``{"load": [directories]}`` loads more adapters, numbered on from those there are. Both are
-    answered with the ``seconds`` that they took.
+    drives the engine. ``{"load": [directories]}`` loads more adapters, numbered on from those there are.
+    ``{"profile": true}`` starts the engine's profiler, false ends it. All are answered with the ``seconds`` they took.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -191,6 +201,8 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
             start = time.perf_counter()
             if "load" in request:
                 adapters += await _load(llm, request["load"], len(adapters))
+            elif "profile" in request:
+                await (llm.start_profile() if request["profile"] else llm.stop_profile())
             else:
                 chosen = [None if row is None else adapters[row] for row in request.pop("rows")]
                 await asyncio.gather(

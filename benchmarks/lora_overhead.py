@@ -73,6 +73,8 @@ RATIOS = (
     ("prefill_ratio", "ours_prefill", "base_prefill", 0.92),
     ("base_eager_ratio", "base_eager", "base", None),
     ("stock_idle_ratio", "stock_idle", "base", None),
+    ("stock_mixed8_qv_r8_ratio", "stock_mixed8_qv_r8", "base", None),
+    ("stock_one_r16_all_ratio", "stock_one_r16_all", "base", None),
     ("stock_mixed16_r16_all_ratio", "stock_mixed16_r16_all", "base", None),
     ("stock_prefill_ratio", "stock_prefill", "base_prefill", None),
 )
@@ -105,6 +107,8 @@ def make_cases(new_tokens: int) -> list[Case]:
         prefill("base", None),
         decode("base_eager", nobody, FEW_ROUNDS),
         decode("stock_idle", nobody, FEW_ROUNDS),
+        decode("stock_mixed8_qv_r8", mixed8, 1),
+        decode("stock_one_r16_all", (0,) * ROWS, 1),
         prefill("stock", 0, 1),
     ]
 
