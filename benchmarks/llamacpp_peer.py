@@ -37,8 +37,8 @@ def is_built(home: Path) -> bool:
 
 def ensure_gguf(home: Path, base: Path, adapters: Sequence[Path]) -> tuple[Path, list[Path]]:
     """Convert base and adapters beside themselves unless that was done; return the quantized base and the adapters."""
-    whole, quantized = base.with_suffix(".gguf"), base.with_suffix(f".{QUANTIZATION}.gguf")
-    converted = [path.with_suffix(".gguf") for path in adapters]
+    whole, *converted = [path.with_name(f"{path.name}.gguf") for path in (base, *adapters)]
+    quantized = base.with_name(f"{base.name}.{QUANTIZATION}.gguf")
     pairs = [*zip([base, *adapters], [whole, *converted], strict=True)]
     if not all(target.is_file() for _, target in pairs):
         arguments = [str(path) for pair in pairs for path in pair]
