@@ -1,0 +1,178 @@
+"""Compile C++ at first use with the machine's own compiler, once per user and machine.
+
+`library(sources)` returns the path of a shared object, built if it is not in the cache yet. The cache is a directory
+of the user's own (mode 0700): ``$LORAPLEX_CACHE``, else ``$XDG_CACHE_HOME/loraplex``, else ``~/.cache/loraplex``. A
+file is named by the SHA-256 of its sources, flags, OpenMP runtime and compiler, written under another name and
+renamed, so any number of processes may build at once and none sees half a file; nothing in it is ever changed. Where
+there is no compiler, an object of the same sources that lies there already is taken: an image can bring one.
+
+The object is linked against the OpenMP runtime that torch has loaded already: a second runtime in one process would
+start a second set of threads. Instruction sets are chosen at run time in the sources, not by flags here, so that a
+cache shared by several machines serves all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+CACHE_ENV: Final = "LORAPLEX_CACHE"
+COMPILERS: Final = ("g++", "clang++", "c++")
+COMPILE_TIMEOUT_S: Final = 300.0
+MESSAGE_CHARACTERS_MAX: Final = 600  # of a compiler's complaint, in our error
+# No trapping and no errno: then the loops become vectors. Sums keep their order otherwise (no -ffast-math).
+FLAGS: Final = (
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno",
+    "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes",
+)  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built here; the message says why and what to install."""
+
+
+def library(sources: Sequence[Path]) -> Path:
+    """Return the shared object made of `sources`, compiling it if the cache has none.
+
+    Args:
+        sources: ``.cpp`` files are compiled; every other file is one they include, named so that a change of it
+            makes another object.
+
+    Raises:
+        BuildError: no compiler, no OpenMP runtime, the compiler failed, or the cache is not the user's own.
+
+    """
+    runtime = openmp_runtime()
+    made_of = cache_directory() / f"{sources[0].stem}-{_digest_of_sources(sources, runtime)}"
+    try:
+        compiler = find_compiler()
+    except BuildError:
+        built = sorted(made_of.parent.glob(f"{made_of.name}-*.so"))
+        if not built:
+            raise
+        target = built[0]
+    else:
+        target = made_of.with_name(f"{made_of.name}-{_digest_of_compiler(compiler)}.so")
+        if not target.exists():
+            _compile(compiler, sources, runtime, target)
+    _require_own(target)
+    return target
+
+
+def find_compiler() -> tuple[str, ...]:
+    """Return the C++ compiler's command: ``$CXX`` if set, else the first of g++, clang++, c++ on the path.
+
+    Raises:
+        BuildError: there is none.
+
+    """
+    named = os.environ.get("CXX", "").split()
+    for command in (named,) if named else ([one] for one in COMPILERS):
+        found = shutil.which(command[0])
+        if found:
+            return (found, *command[1:])
+    raise BuildError(
+        f"no C++ compiler ({' '.join(named) or ', '.join(COMPILERS)}): install one (Debian and Ubuntu: "
+        "apt install g++; Fedora: dnf install gcc-c++) or name it in CXX"
+    )
+
+
+def openmp_runtime() -> Path:
+    """Return the OpenMP library that torch has loaded into this process.
+
+    Raises:
+        BuildError: there is none, or more than one.
+
+    """
+    import torch  # noqa: F401  # loading it loads its OpenMP
+
+    loaded = {
+        line.split(maxsplit=5)[5].strip()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.count("/")
+        and Path(line.split(maxsplit=5)[5]).name.startswith(("libgomp", "libomp", "libiomp5"))
+    }
+    if len(loaded) != 1:
+        raise BuildError(
+            f"expected torch's OpenMP runtime alone in this process, found {sorted(loaded) or 'none'}"
+        )
+    return Path(loaded.pop())
+
+
+def cache_directory() -> Path:
+    """Return the cache, made if missing.
+
+    Raises:
+        BuildError: it cannot be made, or another user could write into it.
+
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    directory = Path(os.environ.get(CACHE_ENV) or f"{base}/loraplex")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"cannot make the cache {directory} ({error.strerror}): set {CACHE_ENV}") from error
+    _require_own(directory)
+    return directory
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to load code that someone else may have written."""
+    status = path.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+        raise BuildError(
+            f"{path} belongs to another user, can be written by one, or is a link: set {CACHE_ENV} to a directory of "
+            "your own"
+        )
+
+
+def _digest_of_sources(sources: Sequence[Path], runtime: Path) -> str:
+    digest = hashlib.sha256(repr((FLAGS, str(runtime))).encode())
+    for source in sources:
+        digest.update(hashlib.sha256(source.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _digest_of_compiler(compiler: tuple[str, ...]) -> str:
+    version = _run([*compiler, "--version"]).splitlines()[:1]
+    return hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]
+
+
+def _compile(compiler: tuple[str, ...], sources: Sequence[Path], runtime: Path, target: Path) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        objects = [str(source) for source in sources if source.suffix == ".cpp"]
+        # -fopenmp would also link the compiler's own runtime; the loader takes torch's, being the one named.
+        _run([*compiler, *FLAGS, *objects, "-o", partial, "-Wl,--as-needed", str(runtime), "-Wl,-Bsymbolic"])
+        Path(partial).chmod(0o500)
+        Path(partial).replace(target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(partial).unlink()
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler and return what it prints.
+
+    Raises:
+        BuildError: it fails or takes too long.
+
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise BuildError(
+            f"{command[0]} failed: {(done.stderr or done.stdout).strip()[:MESSAGE_CHARACTERS_MAX]}"
+        )
+    return done.stdout
