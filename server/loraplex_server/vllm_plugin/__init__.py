@@ -12,14 +12,19 @@ Importing this module does nothing and imports neither torch nor vLLM. Environme
 ``LORAPLEX_CPU_LORA``
     ``grouped`` (default) or ``stock``. ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks
     and for the test that shows the fault, and the loraplex server refuses to serve with it.
+``LORAPLEX_CPU_NF4``
+    ``native`` (default) or ``stock``: whether the linear layers of an NF4 base run on our kernels (`cpu.nf4_layers`)
+    or as vLLM's bitsandbytes plugin has them. Without a compiler or AVX-512-BF16 it is stock, with a line in the log.
 """
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any, Final
 
 CPU_LORA_ENV: Final = "LORAPLEX_CPU_LORA"
+CPU_NF4_ENV: Final = "LORAPLEX_CPU_NF4"
 GROUPED_WRAPPER: Final = "loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper"
 STOCK_WRAPPER: Final = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 WORKER_EXTENSION: Final = "loraplex_server.vllm_plugin.worker.WorkerExtension"
@@ -36,27 +41,51 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the guard of grammars in this process; on CPU also the grouped LoRA wrapper and plain ranking.
+    """Install the guard of grammars in this process; on CPU also the grouped LoRA wrapper, plain ranking and NF4.
 
     Calling it again is harmless.
 
     Raises:
-        PluginHookError: ``LORAPLEX_CPU_LORA`` has an unknown value, or vLLM's hook is not where it was.
+        PluginHookError: a variable has an unknown value, or a hook is not where it was.
 
     """
-    choice = os.environ.get(CPU_LORA_ENV, "grouped")
-    if choice not in ("grouped", "stock"):
-        raise PluginHookError(f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'grouped' or 'stock'")
+    choice = _choice(CPU_LORA_ENV, "grouped", "stock")
+    nf4 = _choice(CPU_NF4_ENV, "native", "stock")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and nf4 == "native":
+        _install_nf4()
     if choice == "stock":
         return
     _guard_grammars()
-    from vllm.platforms import current_platform
-
     if current_platform.is_cpu():
         from loraplex_server.vllm_plugin.sampling import rank_uncompiled
 
         install(type(current_platform))
         rank_uncompiled()
+
+
+def _choice(variable: str, default: str, other: str) -> str:
+    chosen = os.environ.get(variable, default)
+    if chosen not in (default, other):
+        raise PluginHookError(f"{variable}={chosen!r} is unknown: set it to {default!r} or {other!r}")
+    return chosen
+
+
+def _install_nf4() -> None:
+    if find_spec("vllm_bnb_plugin") is None:
+        return  # then vLLM has no NF4 either
+    try:
+        from vllm_bnb_plugin.quantization.linear import BitsAndBytesLinearMethod
+
+        from loraplex_server.vllm_plugin.cpu.nf4_layers import install as install_nf4
+
+        install_nf4(BitsAndBytesLinearMethod)
+    except (ImportError, AttributeError) as error:
+        raise PluginHookError(
+            f"vLLM's bitsandbytes plugin is not where it was ({error}): use the version loraplex pins, or set "
+            f"{CPU_NF4_ENV}=stock"
+        ) from error
 
 
 def _guard_grammars() -> None:
