@@ -86,25 +86,30 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def openmp_runtime() -> Path:
-    """Return the OpenMP library that torch has loaded into this process.
+    """Return the OpenMP library that torch has loaded into this process: its own, where there are others too.
+
+    Other packages bring libraries of that kind for themselves (sentencepiece does). One that was preloaded in place of
+    torch's serves our code as it serves torch: symbols of a preloaded library are found first.
 
     Raises:
-        BuildError: there is none, or more than one.
+        BuildError: there is none, or several and none of them torch's.
 
     """
-    import torch  # noqa: F401  # loading it loads its OpenMP
+    import torch
 
     loaded = {
-        line.split(maxsplit=5)[5].strip()
+        Path(line.split(maxsplit=5)[5].strip())
         for line in Path("/proc/self/maps").read_text().splitlines()
         if line.count("/")
         and Path(line.split(maxsplit=5)[5]).name.startswith(("libgomp", "libomp", "libiomp5"))
     }
-    if len(loaded) != 1:
+    homes = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"]
+    chosen = {path for path in loaded if path.parent in homes} or loaded
+    if len(chosen) != 1:
         raise BuildError(
-            f"expected torch's OpenMP runtime alone in this process, found {sorted(loaded) or 'none'}"
+            f"expected torch's OpenMP runtime in this process, found {sorted(map(str, loaded)) or 'none'}"
         )
-    return Path(loaded.pop())
+    return chosen.pop()
 
 
 def cache_directory() -> Path:
