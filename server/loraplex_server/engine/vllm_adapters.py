@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraplex_registry.errors import UnsupportedAdapterError
 from loraplex_server.engine.protocol import EngineAdapter
-from loraplex_server.engine.protocol.staging_client import StagingClient
+from loraplex_server.engine.staging_client import StagingClient
 from loraplex_server.engine.vllm_values import lora_request
 from loraplex_server.errors import EngineUnavailableError
 from loraplex_server.vllm_plugin.cpu.staging_wire import STAGED_PREFIX

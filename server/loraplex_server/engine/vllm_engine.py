@@ -45,7 +45,7 @@ from loraplex_server.errors import (
 )
 from loraplex_server.engine.form_trials import FormTrials, sandbox_command
 from loraplex_server.engine.quantize import int8_checkpoint
-from loraplex_server.engine.protocol.vllm_adapters import Loading, Staged, ThroughEngine
+from loraplex_server.engine.vllm_adapters import Loading, Staged, ThroughEngine
 from loraplex_server.vllm_plugin import CORRECT_WRAPPERS, NATIVE_WRAPPER
 from loraplex_server.engine.vllm_settings import engine_arguments, set_environment, widen_slots
 from loraplex_server.engine.vllm_values import (
