@@ -225,16 +225,17 @@ class Table:
             raise KernelError(
                 f"module {module}: x {tuple(x.shape)}, y {tuple(y.shape)} do not fit {geometry}"
             )
-        if x.dtype != self.dtype or y.dtype != self.dtype or x.stride(1) != 1 or y.stride(1) != 1:
+        (y_stride, y_unit), (x_stride, x_unit) = y.stride(), x.stride()
+        if x.dtype != self.dtype or y.dtype != self.dtype or x_unit != 1 or y_unit != 1:
             raise KernelError(f"module {module}: x and y must be {self.dtype} with unit stride along a row")
         error = self._library.lp_add(
             self._table,
             module,
             kind,
             y.data_ptr(),
-            y.stride(0),
+            y_stride,
             x.data_ptr(),
-            x.stride(0),
+            x_stride,
             n_rows,
             self._type,
         )
