@@ -32,7 +32,10 @@ from loraplex_server.vllm_plugin.cpu.build import library
 TOKENS: Final = 0  # rows are the tokens of the step
 SAMPLES: Final = 1  # rows are the positions whose logits are computed
 TYPES: Final = {torch.bfloat16: 0, torch.float32: 1}
-SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("lora.cpp", "lora_kernels.inc"))
+SOURCES: Final = tuple(
+    Path(__file__).with_name(name)
+    for name in ("lora.cpp", "lora_plan.h", "lora_table.h", "lora_isa.h", "lora_kernels.inc")
+)
 
 _MESSAGES: Final = {
     -1: "a null pointer, a size that cannot be, or geometry changed while adapters are bound",
