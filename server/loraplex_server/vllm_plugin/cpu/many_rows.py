@@ -2,8 +2,8 @@
 
 A prefill is bound by arithmetic. Where the processor has AMX, torch's products (oneDNN) run on it, at several times the
 rate of the vector instructions that our kernels use; the base's own products do so too, so ours would fall behind.
-There, groups of at least `MANY_ROWS` rows of one adapter go through one pair of products per slice. Elsewhere the kernels
-are as fast as torch's products without their overhead, and this is not used.
+There, groups of at least `MANY_ROWS` rows of one adapter go through one pair of products per slice. Elsewhere the
+kernels are as fast as torch's products without their overhead, and this is not used.
 
 The factors are read where they lie; packed B is put back into (rank, out_features) for the product, which costs about
 what 16 rows cost. Rounding is as in the kernels: the low-rank value once, y once.
