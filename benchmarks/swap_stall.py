@@ -51,9 +51,7 @@ def measure(
             engine.close()
 
 
-def _windows(
-    engines: dict[str, ServedEngine], *, rounds: int, tokens: int, loads: int
-) -> list[Measurement]:
+def _windows(engines: dict[str, ServedEngine], *, rounds: int, tokens: int, loads: int) -> list[Measurement]:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for name, engine in engines.items():
@@ -111,7 +109,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.swap_stall", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line, nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of a warm and a cold window each (default 5)")
     parser.add_argument("--tokens", type=int, default=120, help="of each stream of a window (default 120)")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")

@@ -3,9 +3,9 @@
     python -m benchmarks.working_set [--json] [--rounds N] [--quick] [--no-stock] [--compile] [--save]
 
 16 calls at a time, each with the next adapter in turn, so that no adapter comes again before all others did: the worst
-order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours is
-the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper, whose calls name
-adapters and which loads what it has to, 16 slots and the same calls. Every adapter was loaded once before it counts.
+order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours
+is the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper: its calls
+name adapters, and it loads what it has to, into 16 slots. Every adapter was loaded once before it counts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.working_set", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line, nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of all sizes (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
     parser.add_argument("--quick", action="store_true", help="one short round")

@@ -127,5 +127,3 @@ def _refused(found: dict[str, Any]) -> Exception:
     if found.get("code") == "refused":
         return UnsupportedAdapterError(str(found["error"]))
     return AdapterNotReadyError(f"the engine did not take it: {found['error']}", retry_after_s=RETRY_AFTER_S)
-
-

@@ -111,5 +111,3 @@ def staging_connection(pid: int) -> Iterator[socket.socket]:
     finally:
         os.close(descriptor)
     raise AssertionError("the server has no connection to its worker")
-
-
