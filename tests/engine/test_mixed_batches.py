@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraplex_server.vllm_plugin import CPU_LORA_ENV, GROUPED_WRAPPER, STOCK_WRAPPER
+from loraplex_server.vllm_plugin import CPU_LORA_ENV, NATIVE_WRAPPER, STOCK_WRAPPER
 from tests.engine.mixed_models import ADAPTERS, VOCABULARY, greedy_with_peft, make_adapters, make_base
 
 pytestmark = pytest.mark.engine
@@ -79,7 +79,7 @@ def run_engine(job: dict[str, Any], directory: Path, wrapper: str) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def ours(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_engine(job, tmp_path_factory.mktemp("ours"), "grouped")
+    return run_engine(job, tmp_path_factory.mktemp("ours"), "native")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_each_adapter_changes_the_answer_so_that_a_mix_up_would_be_seen(job, pef
 
 
 def test_the_engine_really_holds_the_wrapper_that_was_asked_for(ours, stock):
-    assert ours["wrapper"] == GROUPED_WRAPPER
+    assert ours["wrapper"] == NATIVE_WRAPPER
     assert stock["wrapper"] == STOCK_WRAPPER
 
 

@@ -43,7 +43,9 @@ class Layer:
     """One wrapped module of the model: its shape, and what its parts are called in an adapter."""
 
     kind: Kind
-    names: tuple[str, ...]  # in an adapter, in the order of the slices; fewer where a part covers several slices
+    names: tuple[
+        str, ...
+    ]  # in an adapter, in the order of the slices; fewer where a part covers several slices
     in_features: int  # rows of the vocabulary for an embedding
     out_features: tuple[int, ...]  # per slice
 
@@ -140,9 +142,10 @@ def _check_shape(layer: Layer, index: int, low: Low) -> None:
     rank = len(low.a)
     wanted_a, wanted_b = (rank, layer.in_features), (layer.out_features[index], rank)
     if rank == 0 or tuple(low.a.shape) != wanted_a or tuple(low.b.shape) != wanted_b:
+        name = layer.names[min(index, len(layer.names) - 1)]
+        takes = f"(rank, {layer.in_features}) and ({layer.out_features[index]}, rank)"
         raise ValueError(
-            f"{layer.names[min(index, len(layer.names) - 1)]}: A is {tuple(low.a.shape)} and B is "
-            f"{tuple(low.b.shape)}, the module takes (rank, {layer.in_features}) and ({layer.out_features[index]}, rank)"
+            f"{name} takes A and B of {takes}, not {tuple(low.a.shape)} and {tuple(low.b.shape)}"
         )
 
 
@@ -166,7 +169,9 @@ def by_slice(layer: Layer, parts: Sequence[Low | None]) -> list[Low | None]:
             slices.append(Low(low.a, low.b[start : start + width], low.scale))
             start += width
         if start != len(low.b):
-            raise ValueError(f"B of {layer.names[0]} has {len(low.b)} rows, its slices have {layer.out_features}")
+            raise ValueError(
+                f"B of {layer.names[0]} has {len(low.b)} rows, its slices have {layer.out_features}"
+            )
     if len(slices) != len(layer.out_features):
         raise ValueError(f"{layer.names[0]} has {len(layer.out_features)} slices, the adapter {len(slices)}")
     return slices

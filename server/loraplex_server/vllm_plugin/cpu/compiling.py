@@ -21,10 +21,8 @@ from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
 
-
 def keep_compiling(platform: Any) -> None:
-    """Wrap `platform.check_and_update_config`, a class method of vLLM's CPU platform. Once is enough; twice is harmless.
-    """
+    """Wrap `platform.check_and_update_config`, a class method of vLLM's CPU platform. Twice is harmless."""
     original = platform.check_and_update_config
     if getattr(original, "keeps_compiling", False):
         return

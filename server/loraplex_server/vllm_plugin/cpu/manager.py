@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -126,8 +127,8 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         slot_of_id = {number: slot for slot, number in enumerate(self.lora_index_to_id) if number is not None}
-        self.table.rows(TOKENS, slots_of_rows(mapping.index_mapping, slot_of_id))
-        self.table.rows(SAMPLES, slots_of_rows(mapping.prompt_mapping, slot_of_id))
+        for kind, ids in ((TOKENS, mapping.index_mapping), (SAMPLES, mapping.prompt_mapping)):
+            self.table.rows(kind, slots_of_rows(ids, slot_of_id).astype(np.int32))
 
 
 class AsStored(LoRAModel):  # type: ignore[misc]

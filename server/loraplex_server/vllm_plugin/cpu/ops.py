@@ -18,7 +18,9 @@ import torch
 from loraplex_server.vllm_plugin.cpu.kernels import SAMPLES, TOKENS, KernelError, Table
 
 NAMESPACE: Final = "loraplex"
-_LIBRARY: list[torch.library.Library] = []  # kept for the life of the process: an operator goes with its library
+_LIBRARY: list[
+    torch.library.Library
+] = []  # kept for the life of the process: an operator goes with its library
 _TABLE: list[Table] = []  # the one in use
 
 

@@ -1,0 +1,257 @@
+"""Where native mode enters vLLM: each place by name and signature, so that an upgrade that moves one is seen here."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+from loraplex_server import vllm_plugin
+from loraplex_server.vllm_plugin import PluginHookError, install_native
+from loraplex_server.vllm_plugin.cpu import compiling, hooks
+from loraplex_server.vllm_plugin.cpu.blocks import STAGED
+from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
+from loraplex_server.vllm_plugin.cpu.manager import NativeLoRAModelManager, NativeWorkerLoRAManager
+
+
+def parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def stock(owner: Any, name: str) -> Any:
+    """vLLM's own, also where an earlier test of this process has installed ours over it."""
+    return (
+        inspect.getsource(inspect.getmodule(owner))
+        .partition(f"    def {name}(")[2]
+        .partition("\n    def ")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "name", "taken"),
+    [
+        (NativeLoRAModelManager, LoRAModelManager, "_create_lora_modules", ("self",)),
+        (NativeLoRAModelManager, LoRAModelManager, "_add_adapter", ("self", "lora")),
+        (NativeLoRAModelManager, LRUCacheLoRAModelManager, "activate_adapter", ("self", "lora_id")),
+        (NativeLoRAModelManager, LoRAModelManager, "_deactivate_adapter", ("self", "lora_id")),
+        (NativeLoRAModelManager, LoRAModelManager, "remove_all_adapters", ("self",)),
+        (NativeLoRAModelManager, LoRAModelManager, "_set_adapter_mapping", ("self", "mapping")),
+        (NativeWorkerLoRAManager, LRUCacheWorkerLoRAManager, "add_adapter", ("self", "lora_request")),
+        (NativeWorkerLoRAManager, WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
+        (NativeWorkerLoRAManager, WorkerLoRAManager, "remove_adapter", ("self", "adapter_id")),
+        (NativeWorkerLoRAManager, WorkerLoRAManager, "list_adapters", ("self",)),
+        (NativeWorkerLoRAManager, WorkerLoRAManager, "add_dummy_lora", ("self", "lora_request", "rank")),
+    ],
+)
+def test_what_is_replaced_in_vllms_managers_is_there_and_takes_the_same(ours, theirs, name, taken):
+    assert parameters(getattr(theirs, name)) == parameters(getattr(ours, name)) == taken
+
+
+def test_what_is_used_of_vllms_managers_is_there():
+    for name in ("capacity", "lora_slots"):
+        assert isinstance(getattr(LoRAModelManager, name), property)
+    source = inspect.getsource(LoRAModelManager)
+    for attribute in (
+        "_registered_adapters",
+        "_active_adapters",
+        "lora_index_to_id",
+        "packed_modules",
+        "_last_mapping",
+    ):
+        assert f"self.{attribute}" in source
+    # A slot is given by our activate_adapter alone, and what it holds is in the mapping's key.
+    assert "tuple(self.lora_index_to_id)" in inspect.getsource(LoRAModelManager.set_adapter_mapping)
+    assert "self._lora_model_cls.from_local_checkpoint(" in inspect.getsource(WorkerLoRAManager._load_adapter)
+    assert "dtype" in parameters(LoRAModel.from_local_checkpoint)
+
+
+def test_vllms_layers_call_the_wrapper_as_our_layers_expect():
+    linear = inspect.getsource(BaseLinearLayerWithLoRA._apply_lora_to_output)
+    assert "self.punica_wrapper.add_lora_linear(\n            output, x," in linear
+    logits = inspect.getsource(LogitsProcessorWithLoRA._get_logits)
+    assert "self.punica_wrapper.add_lora_logits(\n            logits, hidden_states," in logits
+    embedding = inspect.getsource(VocabParallelEmbeddingWithLoRA.forward)
+    assert "self.base_layer.forward(x)" in embedding  # what ours does first
+
+
+def test_the_model_runner_makes_the_manager_by_the_name_that_is_replaced():
+    source = inspect.getsource(mixin.LoRAModelRunnerMixin.load_lora_model)
+    assert (
+        "LRUCacheWorkerLoRAManager(\n            vllm_config,\n            device,\n            model.embedding_modules"
+        in source
+    )
+
+
+def test_requests_are_taken_in_where_a_failure_is_theirs_alone():
+    loop = inspect.getsource(EngineCoreProc.process_input_sockets)
+    call = loop.index("self.preprocess_add_request(req)")
+    assert (
+        call
+        < loop.index("except Exception:", call)
+        < loop.index("self._handle_request_preproc_error(req)", call)
+    )
+    assert "request" in parameters(EngineCore.preprocess_add_request)
+
+
+def test_the_cpu_platform_reads_the_lora_settings_to_switch_compilation_off_and_for_nothing_else():
+    source = stock(CpuPlatform, "check_and_update_config")
+    assert source.count("lora") == 1
+    assert (
+        "if vllm_config.lora_config is not None:\n            compilation_config.mode = CompilationMode.NONE"
+        in source
+    )
+
+
+def engine_config(**changes: Any) -> Any:
+    fields = {
+        "lora_config": SimpleNamespace(lora_dtype=torch.bfloat16, enable_tower_connector_lora=False),
+        "model_config": SimpleNamespace(dtype=torch.bfloat16),
+        "parallel_config": SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        "mode": "compile",
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+class Platform:
+    """vLLM's CPU platform, as far as compilation goes."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        cls.asked = cls
+        if vllm_config.lora_config is not None:
+            vllm_config.mode = "none"
+
+
+@pytest.fixture
+def platform(loaded):
+    return type("OurPlatform", (Platform,), {})
+
+
+def test_compilation_stays_on_with_lora_and_the_settings_are_put_back(platform):
+    compiling.keep_compiling(platform)
+    compiling.keep_compiling(platform)
+    config = engine_config()
+    lora = config.lora_config
+    platform.check_and_update_config(config)
+    assert (config.mode, config.lora_config, platform.asked) == ("compile", lora, platform)
+
+
+def test_the_settings_are_put_back_when_vllm_refuses_them(platform):
+    def refuse(_cls: Any, _config: Any) -> None:
+        raise ValueError("no")
+
+    platform.check_and_update_config = classmethod(refuse)
+    compiling.keep_compiling(platform)
+    config = engine_config()
+    with pytest.raises(ValueError, match="no"):
+        platform.check_and_update_config(config)
+    assert config.lora_config is not None
+
+
+def test_without_a_compiler_the_engine_starts_uncompiled(platform, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    compiling.keep_compiling(platform)
+    config = engine_config()
+    platform.check_and_update_config(config)
+    assert config.mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"parallel_config": SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1)}, "spread"),
+        ({"model_config": SimpleNamespace(dtype=torch.float32)}, "over a base of"),
+        ({"lora_config": SimpleNamespace(lora_dtype=torch.float16)}, "float16"),
+    ],
+)
+def test_what_the_kernels_cannot_serve_stays_as_vllm_has_it(platform, changes, reason):
+    config = engine_config(**changes)
+    assert reason in reason_against_native(config)
+    compiling.keep_compiling(platform)
+    platform.check_and_update_config(config)
+    assert config.mode == "none"
+
+
+def test_an_engine_that_cannot_have_native_mode_falls_back_unless_it_is_required(caplog):
+    made = []
+    config = engine_config(model_config=SimpleNamespace(dtype=torch.float32))
+    hooks._maker(lambda *given: made.append(given), required=False)(config, "cpu", {})
+    assert made == [(config, "cpu", {})]
+    with pytest.raises(RuntimeError, match="over a base of"):
+        hooks._maker(lambda *given: made.append(given), required=True)(config, "cpu", {})
+    assert len(made) == 1
+
+
+def test_a_vllm_that_moved_a_place_stops_the_start(monkeypatch):
+    monkeypatch.delattr(mixin, "LRUCacheWorkerLoRAManager")
+    with pytest.raises(PluginHookError, match="LRUCacheWorkerLoRAManager"):
+        install_native(type("OurPlatform", (Platform,), {}), required=False)
+
+
+def test_a_vllm_whose_places_take_something_else_stops_the_start(monkeypatch):
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request, more: None)
+    monkeypatch.setattr(mixin, "LRUCacheWorkerLoRAManager", LRUCacheWorkerLoRAManager)
+    with pytest.raises(PluginHookError, match="more"):
+        install_native(type("OurPlatform", (Platform,), {}), required=False)
+
+
+class Reader:
+    """Reads blocks of text."""
+
+    def read(self, path: str) -> str:
+        if path == "/bad":
+            raise ValueError("bad")
+        return f"block of {path}"
+
+
+@pytest.fixture
+def taking_in(monkeypatch):
+    """vLLM's method with ours around it, over a manager that holds adapter 1."""
+    held = {1: "block 1"}
+    manager = SimpleNamespace(reader=Reader, block=lambda number: held.get(number) or STAGED.get(number))
+    monkeypatch.setattr(hooks, "_managers", [manager])
+    taken: list[Any] = []
+    method = hooks._staging(lambda self, request: taken.append(request))
+    yield lambda request: method(None, request), taken
+    for number in STAGED.ids():
+        STAGED.drop(number)
+
+
+def named(number: int, path: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return SimpleNamespace(lora_request=LoRARequest(f"a{number}", number, path))
+
+
+def test_an_adapter_that_no_step_could_use_yet_is_read_as_its_request_comes_in(taking_in):
+    take, taken = taking_in
+    take(named(2, "/good"))
+    take(named(1, "/gone"))
+    take(SimpleNamespace(lora_request=None))
+    assert STAGED.ids() == {2}
+    assert len(taken) == 3
+
+
+def test_an_adapter_that_cannot_be_read_fails_its_own_request_before_any_step(taking_in):
+    take, taken = taking_in
+    with pytest.raises(ValueError, match="bad"):
+        take(named(3, "/bad"))
+    assert taken == []
+    assert not STAGED.ids()
+
+
+def test_an_unknown_choice_names_the_known_ones(monkeypatch):
+    monkeypatch.setenv(vllm_plugin.CPU_LORA_ENV, "fast")
+    with pytest.raises(PluginHookError, match="'native', 'grouped' or 'stock'"):
+        vllm_plugin.register()
