@@ -41,7 +41,7 @@ from loraplex_server.versions import AdapterSource, NoSource, Versions
 from loraplex_server.watched import WatchedFile
 
 DESCRIPTORS_PER_ADAPTER: Final = 5
-"""File descriptors that one adapter's sealed bytes hold; where the engine keeps the bytes, the cache's lease holds one."""
+"""File descriptors that an adapter's sealed bytes hold; where the engine keeps the bytes, its lease holds one."""
 
 STAGED_MAX: Final = 2000
 """Most adapters ready in memory, however small; the books are looked through at each change."""

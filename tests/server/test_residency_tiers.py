@@ -290,7 +290,9 @@ async def test_an_engine_that_dies_again_while_adapters_come_back_loses_none_of_
     await rig.residency.check()
 
 
-async def test_where_the_engine_keeps_the_bytes_a_slot_is_lost_and_won_without_asking_it(tmp_path: Path) -> None:
+async def test_where_the_engine_keeps_the_bytes_a_slot_is_lost_and_won_without_asking_it(
+    tmp_path: Path,
+) -> None:
     rig = make_rig(tmp_path, slots=2, staged_max=2, keeps_bytes=True)
     for name in "abca":
         await use(rig, name)
@@ -333,7 +335,10 @@ async def test_copies_of_a_dead_engine_are_made_again_in_slots_at_once_and_in_me
         await use(rig, name)
     await rig.restart()
     assert rig.states() == {"a": "staged", "b": "resident", "c": "resident"}
-    assert {adapter.name for adapter in rig.engine.adapters.values()} == {version("b").name, version("c").name}
+    assert {adapter.name for adapter in rig.engine.adapters.values()} == {
+        version("b").name,
+        version("c").name,
+    }
     await rig.residency.check()
     await use(rig, "a")
     assert rig.source.staged == {"a": 2, "b": 2, "c": 2}
@@ -341,7 +346,9 @@ async def test_copies_of_a_dead_engine_are_made_again_in_slots_at_once_and_in_me
     await rig.residency.check()
 
 
-async def test_an_engine_that_dies_while_a_copy_is_made_for_memory_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_an_engine_that_dies_while_a_copy_is_made_for_memory_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
     rig = make_rig(tmp_path, staged_max=2, keeps_bytes=True)
     rig.engine.hang_names.add(version("a").name)
     rig.residency.prefetch(version("a"))

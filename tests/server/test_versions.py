@@ -262,7 +262,9 @@ async def test_what_an_engine_holds_a_copy_of_takes_no_memory_here_and_comes_aga
     assert versions.pieces(again) == 1
     await versions.discard(again)
     assert len(os.listdir("/proc/self/fd")) == files
-    with pytest.raises(StoreUnavailableError):  # nothing holds the entry any more, and there is no room for it
+    with pytest.raises(
+        StoreUnavailableError
+    ):  # nothing holds the entry any more, and there is no room for it
         await versions.stage(version, silent)
 
 
