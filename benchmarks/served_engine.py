@@ -218,7 +218,7 @@ class Served:
             tokens: new ones of each call.
             through_server: the server's residency brings adapters in; otherwise calls name them, and vLLM does.
         """
-        lease = self._leases(adapters) if through_server else self._named(adapters)
+        lease = self._leases() if through_server else self._named()
         numbers = iter(range(calls))
 
         async def work() -> None:
@@ -231,7 +231,7 @@ class Served:
         await asyncio.gather(*(work() for _ in range(self._spec.rows)))
         return {"tok_s": calls * tokens / (time.perf_counter() - started)}
 
-    def _named(self, adapters: int) -> Any:
+    def _named(self) -> Any:
         @contextlib.asynccontextmanager
         async def lease(number: int) -> AsyncIterator[EngineAdapter]:
             path = Path(self._spec.adapters[number % len(self._spec.adapters)])
@@ -240,7 +240,7 @@ class Served:
 
         return lease
 
-    def _leases(self, adapters: int) -> Any:
+    def _leases(self) -> Any:
         residency = self._residency or make_residency(
             self._spec.config(), engine=self._engine, source=_Directories(self._spec), events=Metrics()
         )
@@ -260,7 +260,7 @@ class _Directories:
     def __init__(self, spec: ServedSpec) -> None:
         self._paths = spec.adapters
 
-    async def stage(self, version: AdapterVersion, progress: Any) -> StagedAdapter:
+    async def stage(self, version: AdapterVersion, progress: Any) -> StagedAdapter:  # noqa: ARG002
         path = Path(self._paths[int(version.adapter) % len(self._paths)])
         size = (path / "adapter_model.safetensors").stat().st_size
         return StagedAdapter(
@@ -276,10 +276,10 @@ class _Directories:
     async def discard(self, staged: StagedAdapter) -> None:
         pass
 
-    def pieces(self, staged: StagedAdapter) -> int:
+    def pieces(self, staged: StagedAdapter) -> int:  # noqa: ARG002
         return 0
 
-    async def recheck(self, staged: StagedAdapter, piece: int) -> float:
+    async def recheck(self, staged: StagedAdapter, piece: int) -> float:  # noqa: ARG002
         return 0.0
 
 

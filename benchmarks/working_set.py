@@ -3,9 +3,9 @@
     python -m benchmarks.working_set [--json] [--rounds N] [--quick] [--no-stock] [--compile] [--save]
 
 16 calls at a time, each with the next adapter in turn, so that no adapter comes again before all others did: the worst
-order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours is
-the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper, whose calls name
-adapters and which loads what it has to, 16 slots and the same calls. Every adapter was loaded once before it counts.
+order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours
+is the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper: its calls
+name adapters, and it loads what it has to, into 16 slots. Every adapter was loaded once before it counts.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
 from loraplex_server.watched import WatchedFile
 
 DESCRIPTORS_PER_ADAPTER: Final = 5
-"""File descriptors that one adapter's sealed bytes hold."""
+"""File descriptors that an adapter's sealed bytes hold; where the engine keeps the bytes, its lease holds one."""
 
 STAGED_MAX: Final = 2000
 """Most adapters ready in memory, however small; the books are looked through at each change."""
@@ -182,7 +182,7 @@ def make_residency(
         events=events,
         slots=slots,
         memory_bytes_max=adapters.memory_bytes_max,
-        staged_max=STAGED_MAX if engine.keeps_bytes else _staged_max(slots),
+        staged_max=_staged_max(slots, each=1 if engine.keeps_bytes else DESCRIPTORS_PER_ADAPTER),
         ahead_max=max(1, adapters.fetches_max // 2),
         load_timeout_s=adapters.load_timeout_s,
         clock=time.monotonic,
@@ -220,21 +220,25 @@ def make_backend(
         rollouts=make_rollouts(config, splits, events=metrics),
         model_name=config.model.name,
         prompt_chars_max=config.limits.prompt_chars_max,
-        slot_bytes=slot_bytes(
-            engine.base,
-            rank=config.engine_rank,
-            element_bytes=4 if config.model.dtype == "float32" else 2,
-            embeddings=config.adapters.embeddings,
-        ),
+        slot_bytes=0 if engine.keeps_bytes else _slot_bytes(config, engine),
     )
 
 
-def _staged_max(slots: int) -> int:
+def _slot_bytes(config: Config, engine: Engine) -> int:
+    return slot_bytes(
+        engine.base,
+        rank=config.engine_rank,
+        element_bytes=4 if config.model.dtype == "float32" else 2,
+        embeddings=config.adapters.embeddings,
+    )
+
+
+def _staged_max(slots: int, *, each: int) -> int:
     """Adapters without a slot that half of this process's file descriptors hold, the slots taken off."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         return STAGED_MAX
-    return max(0, min(STAGED_MAX, descriptors // 2 // DESCRIPTORS_PER_ADAPTER - slots))
+    return max(0, min(STAGED_MAX, descriptors // 2 // each - slots))
 
 
 def make_scheduler(

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from loraplex_client import AsyncClient, Sampling, Tls
 from loraplex_server.app import App
-from loraplex_server.config import parse_config
+from loraplex_server.config import SLOTS, parse_config
 from loraplex_server.metrics import OUTCOMES, Metrics
 from tests.server.conftest import Shop
 from tests.sim.engine import SimEngine
@@ -58,7 +58,7 @@ class Rig:
 
 @asynccontextmanager
 async def running(
-    shop: Shop, *, keys: str = "", registry: bool = True, **sections: Any
+    shop: Shop, *, keys: str = "", registry: bool = True, keeps_bytes: bool = False, **sections: Any
 ) -> AsyncIterator[Rig]:
     document: dict[str, Any] = {
         "model": {"path": "sim", "name": "sim", **sections.get("model", {})},
@@ -83,7 +83,8 @@ async def running(
     engines: list[SimEngine] = []
 
     def make_engine() -> SimEngine:
-        engines.append(SimEngine(shop.base, slots=config.adapters.slots, task=config.model.task))
+        slots, task = config.adapters.slots or SLOTS, config.model.task
+        engines.append(SimEngine(shop.base, slots=slots, task=task, keeps_bytes=keeps_bytes))
         return engines[-1]
 
     counts = CollectorRegistry()

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraplex_registry.validation.base import BaseModel
 from loraplex_server import app
-from loraplex_server.config import Config
+from loraplex_server.config import SLOTS, Config
 from tests.sim.engine import SimEngine
 
 
@@ -21,7 +21,7 @@ def make_engine(config: Config, *, cache_dir: Path) -> SimEngine:
     """What `VllmEngine(config, cache_dir=…)` would be."""
     base = BaseModel.from_directory(Path(config.model.path), name=config.model.name)
     context = int(os.environ.get("LORAPLEX_SIM_CONTEXT", "64"))
-    engine = SimEngine(base, slots=config.adapters.slots, context_tokens=context)
+    engine = SimEngine(base, slots=config.adapters.slots or SLOTS, context_tokens=context)
     engine.step_s = float(os.environ.get("LORAPLEX_SIM_STEP_S", "0"))
     engine.load_s = float(os.environ.get("LORAPLEX_SIM_LOAD_S", "0"))
     forgetful: Any = engine

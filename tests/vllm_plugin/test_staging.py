@@ -39,13 +39,17 @@ class Made:
     n_bytes: int
 
 
+def _nice() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
 @dataclass
 class Blocks:
     """The store, and a reader that reads what it is told to."""
 
     kept: dict[int, Made] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
-    threads: list[int] = field(default_factory=list)
+    nice: list[int] = field(default_factory=list)  # of the thread, when it begins and when it ends
     at_once: int = 0
     at_once_most: int = 0
     may_go_on: threading.Event = field(default_factory=threading.Event)
@@ -64,13 +68,14 @@ class Blocks:
 
     def make(self, path: str, pause: Callable[[], None]) -> Made:
         self.read.append(Path(path).name)
-        self.threads.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        self.nice.append(_nice())
         self.at_once += 1
         self.at_once_most = max(self.at_once, self.at_once_most)
         try:
             body = (Path(path) / "weights").read_bytes()
             while not self.may_go_on.wait(0.001):
                 pause()
+            self.nice.append(_nice())
             if body == b"bad":
                 raise ValueError("these are no weights")
             if body == b"bug":
@@ -136,7 +141,7 @@ async def started(place: Path, root: Path, *, gentle_s: float = 5.0, peer_pid: i
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # what it waits for happens on other threads
             await asyncio.sleep(0.002)
 
 
@@ -189,7 +194,7 @@ async def test_a_path_outside_of_the_roots_is_refused_unread(rig: Rig, how: str,
             "beside": outside,
             "dots": rig.root / ".." / ".." / outside.relative_to(outside.parent),
             "link": rig.root / "link",
-            "relative": Path(os.path.relpath(rig.adapter("a"))),
+            "relative": Path("relative/to/nothing"),
         }
         with pytest.raises(UnsupportedAdapterError):
             await rig.client.stage(1, paths[how])
@@ -212,13 +217,37 @@ async def test_one_that_is_dropped_while_it_is_made_is_given_up(rig: Rig) -> Non
 async def test_it_yields_to_the_engine_at_first_and_not_for_ever(place: Path, tmp_path: Path) -> None:
     async with started(place, tmp_path, gentle_s=0.05) as rig:
         assert await rig.client.stage(1, rig.adapter("quick")) == 4
-        assert rig.blocks.threads == [staging.NICE]
+        assert rig.blocks.nice == [staging.NICE] * 2
         rig.blocks.may_go_on.clear()  # as a thread that gets no core
         slow = asyncio.create_task(rig.client.stage(2, rig.adapter("slow")))
-        await until(lambda: rig.blocks.read == ["quick", "slow", "slow"])
+        await asyncio.sleep(0.2)
         rig.blocks.may_go_on.set()
         assert await slow == 4
-        assert rig.blocks.threads == [staging.NICE, staging.NICE, os.getpriority(os.PRIO_PROCESS, 0)]
+        assert rig.blocks.nice[2:] == [staging.NICE, _nice()]
+        assert await rig.client.stage(3, rig.adapter("next")) == 4
+        assert rig.blocks.nice[4:] == [staging.NICE] * 2
+        assert rig.blocks.read == ["quick", "slow", "next"]
+
+
+async def test_where_a_thread_may_not_hurry_another_one_does(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.setpriority
+
+    def unprivileged(which: int, who: int, priority: int) -> None:
+        if priority < os.getpriority(which, who):
+            raise PermissionError
+        really(which, who, priority)
+
+    monkeypatch.setattr(os, "setpriority", unprivileged)
+    async with started(place, tmp_path, gentle_s=0.05) as rig:
+        rig.blocks.may_go_on.clear()
+        slow = asyncio.create_task(rig.client.stage(1, rig.adapter("slow")))
+        await until(lambda: rig.blocks.read == ["slow", "slow"])
+        rig.blocks.may_go_on.set()
+        assert await slow == 4
+        assert rig.blocks.nice == [staging.NICE, _nice(), _nice()]
+        assert await rig.client.stage(2, rig.adapter("next")) == 4
 
 
 async def test_no_more_wait_than_may(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +331,7 @@ async def test_another_process_is_not_listened_to(rig: Rig) -> None:
     assert asked.stdout.strip() == "connected nothing"
 
 
-async def test_a_directory_that_others_may_enter_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_directory_that_others_may_enter_is_refused(place: Path, tmp_path: Path) -> None:
     place.chmod(0o755)
     with pytest.raises(PermissionError):
         Staging(place, read=Blocks().make, store=Blocks(), peer_pid=1, roots=[str(tmp_path)]).start()

@@ -477,7 +477,7 @@ class LoadForecast(google.protobuf.message.Message):
     staged_bytes: builtins.int
     """Bytes in memory beside the engine while it is staged."""
     slot_bytes: builtins.int
-    """Bytes that its slot takes in the engine, whatever its rank; reserved since the start."""
+    """Bytes that its slot takes in the engine, whatever its rank; reserved since the start. 0 where slots cost nothing."""
     slot_at_once: builtins.bool
     """Whether a slot is free or can be made free without waiting for a call to end."""
     evicts: builtins.bool

@@ -181,7 +181,8 @@ class VllmEngine:
         return await Staged.open(self._vllm, pid=os.getpid(), roots=[str(cache)])
 
     async def _is_native(self) -> bool:
-        return await self._vllm.collective_rpc("loraplex_lora_wrapper") == [NATIVE_WRAPPER]
+        wrappers: list[str] = await self._vllm.collective_rpc("loraplex_lora_wrapper")
+        return wrappers == [NATIVE_WRAPPER]
 
     async def _refuse_wrong_lora(self) -> None:
         """On CPU, ask every worker which LoRA wrapper its layers hold, and stop unless it is one of ours."""
@@ -272,9 +273,9 @@ class VllmEngine:
                     finished = output.finished
                     try:
                         parts = self._chunks(output, request)
-                    except EngineUnavailableError as error:
+                    except EngineUnavailableError:
                         await self._require(request.adapter)
-                        raise error
+                        raise
                     for chunk in parts:
                         yield chunk
                     if not finished:

@@ -11,6 +11,7 @@ from loraplex_server.engine.protocol import EngineAdapter
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
 from tests.server.adapters.residency_rig import SIZE, make_rig, use, version
 from tests.server.rig import until
+from tests.sim.engine import COPY_BYTES
 
 
 async def test_an_evicted_adapter_stays_in_memory_and_comes_back_without_a_fetch(tmp_path: Path) -> None:
@@ -286,4 +287,85 @@ async def test_an_engine_that_dies_again_while_adapters_come_back_loses_none_of_
     await rig.residency.restore(rig.engine)
     assert rig.states() == {"a": "resident", "b": "resident"}
     assert rig.source.staged == {"a": 1, "b": 1}
+    await rig.residency.check()
+
+
+async def test_where_the_engine_keeps_the_bytes_a_slot_is_lost_and_won_without_asking_it(
+    tmp_path: Path,
+) -> None:
+    rig = make_rig(tmp_path, slots=2, staged_max=2, keeps_bytes=True)
+    for name in "abca":
+        await use(rig, name)
+    assert rig.states() == {"a": "resident", "b": "staged", "c": "resident"}
+    assert len(rig.engine.slot_ids_seen) == 3, "each was handed over once"
+    assert len(rig.engine.adapters) == 3
+    assert rig.directories() == set(), "and its bytes are held once"
+    assert rig.residency.memory_bytes == COPY_BYTES
+    assert rig.residency.at_rest() == []
+    await rig.residency.check()
+
+
+async def test_a_copy_goes_when_its_adapter_leaves_memory(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, slots=2, staged_max=2, keeps_bytes=True)
+    for name in "abcdef":
+        await use(rig, name)
+    await until(lambda: len(rig.engine.adapters) == 4)
+    assert rig.states() == {"c": "staged", "d": "staged", "e": "resident", "f": "resident"}
+    assert await rig.residency.unload(version("c").digest)
+    assert len(rig.engine.adapters) == 3
+    await rig.residency.check()
+
+
+async def test_what_is_fetched_ahead_is_a_copy_already_when_the_call_comes(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, staged_max=2, keeps_bytes=True)
+    rig.residency.prefetch(version("a"))
+    await until(lambda: rig.states() == {"a": "staged"})
+    assert [adapter.name for adapter in rig.engine.adapters.values()] == [version("a").name]
+    assert rig.directories() == set()
+    rig.engine.load_s = 10.0  # it is not asked again
+    async with asyncio.timeout(1), rig.residency.lease(version("a")) as lease:
+        assert lease.adapter.slot_id in rig.engine.adapters
+
+
+async def test_copies_of_a_dead_engine_are_made_again_in_slots_at_once_and_in_memory_when_asked_for(
+    tmp_path: Path,
+) -> None:
+    rig = make_rig(tmp_path, slots=2, staged_max=2, keeps_bytes=True)
+    for name in "abc":
+        await use(rig, name)
+    await rig.restart()
+    assert rig.states() == {"a": "staged", "b": "resident", "c": "resident"}
+    assert {adapter.name for adapter in rig.engine.adapters.values()} == {
+        version("b").name,
+        version("c").name,
+    }
+    await rig.residency.check()
+    await use(rig, "a")
+    assert rig.source.staged == {"a": 2, "b": 2, "c": 2}
+    assert len(rig.engine.adapters) == 3
+    await rig.residency.check()
+
+
+async def test_an_engine_that_dies_while_a_copy_is_made_for_memory_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    rig = make_rig(tmp_path, staged_max=2, keeps_bytes=True)
+    rig.engine.hang_names.add(version("a").name)
+    rig.residency.prefetch(version("a"))
+    await until(lambda: len(rig.engine.slot_ids_seen) == 1)
+    await rig.restart()
+    await until(lambda: rig.states() == {})
+    assert rig.directories() == set()
+    await use(rig, "a")
+    await rig.residency.check()
+
+
+async def test_a_copy_that_the_engine_has_lost_is_found_in_memory_too(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, slots=2, staged_max=2, keeps_bytes=True)
+    for name in "abc":
+        await use(rig, name)
+    lost = next(each for each in rig.engine.adapters.values() if each.name == version("a").name)
+    await rig.engine.unload(lost.slot_id)
+    assert await rig.residency.audit() == [f"the engine has lost {version('a').name}"]
+    assert "a" not in rig.states()
     await rig.residency.check()

@@ -94,6 +94,30 @@ async def test_unloading_gives_back_slot_bytes_and_descriptors_of_every_tier(sho
         assert [adapter async for adapter in client.list_adapters()] == []
 
 
+async def test_over_an_engine_that_keeps_the_bytes_the_server_holds_none_and_a_slot_for_every_call(
+    shop: Shop,
+) -> None:
+    names = [f"acme/a{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        shop.publish(name, seed=number)
+    one = {"adapters": {"slots": 0}, "model": {"batch_requests": 1}}
+    async with running(shop, keeps_bytes=True, **one) as rig, rig.client() as client:
+        await client.generate("x", sampling=FOUR)
+        files, held = open_files(), sealed_bytes()
+        for name in names:
+            await client.generate("x", adapter=name, sampling=FOUR)
+        listed = {adapter.adapter: adapter.state async for adapter in client.list_adapters()}
+        assert listed == {"a0": "staged", "a1": "resident", "a2": "resident", "a3": "resident"}
+        assert rig.app.residency.slots_total == 3, "one call in the batch, two that wait to follow it"
+        assert len(rig.engine.adapters) == 4
+        assert sealed_bytes() == held
+        assert (await client.validate_adapter(names[0])).slot_bytes == 0
+        for name in names:
+            assert await client.unload_adapter(name)
+        assert rig.engine.adapters == {}
+        assert (open_files(), sealed_bytes()) == (files, held)
+
+
 async def test_an_adapter_of_a_call_that_waits_for_its_turn_is_fetched_meanwhile(shop: Shop) -> None:
     shop.publish("acme/orders")
     async with running(shop, model={"batch_requests": 1}) as rig, rig.client() as client:

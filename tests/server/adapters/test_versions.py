@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_registry.delivery.cache import Cache
+from loraplex_registry.delivery.cache import CACHE_BYTES_MAX, Cache
 from loraplex_registry.encryption.kek_file import generate_encryption_key
 from loraplex_registry.encryption.key_providers import KeyRing
 from loraplex_registry.errors import (
@@ -58,14 +58,20 @@ class Clock:
         return self.now
 
 
-def make_versions(shop: Shop, *, registry: Registry | None = None, clock: Clock | None = None) -> Versions:
+def make_versions(
+    shop: Shop,
+    *,
+    registry: Registry | None = None,
+    clock: Clock | None = None,
+    cache_bytes: int = CACHE_BYTES_MAX,
+) -> Versions:
     registry = registry or shop.registry
     return Versions(
         registry=registry,
         verifier=Verifier(registry, TrustPolicy.load(shop.policy), marks=MemoryMarks(), refresh_s=0),
         base=shop.base,
         limits=Limits(max_rank=8),
-        cache=Cache(shop.root / "cache"),
+        cache=Cache(shop.root / "cache", max_bytes=cache_bytes),
         tag_ttl_s=5.0,
         stale_s_max=60.0,
         fetches_max=2,
@@ -235,6 +241,31 @@ async def test_a_discarded_adapter_comes_back_from_the_cache_without_the_store(s
     assert (again.path / "adapter_model.safetensors").stat().st_size > 0
     versions.close()
     assert not again.path.exists()
+
+
+async def test_what_an_engine_holds_a_copy_of_takes_no_memory_here_and_comes_again_from_the_cache(
+    shop: Shop,
+) -> None:
+    versions = make_versions(shop, cache_bytes=0)
+    shop.publish("acme/orders", tag="prod")
+    version = await versions.resolve(ORDERS)
+    files = len(os.listdir("/proc/self/fd"))
+    staged = await versions.stage(version, silent)
+    await versions.confirm(staged)
+    await versions.settle(staged)
+    assert len(os.listdir("/proc/self/fd")) == files + 1, "the lease of the cache's entry alone is left"
+    assert not staged.path.exists()
+    assert versions.pieces(staged) == 0
+    (shop.root / "registry").rename(shop.root / "gone")
+    again = await versions.stage(version, silent)
+    assert (again.path / "adapter_model.safetensors").stat().st_size == version.size_bytes
+    assert versions.pieces(again) == 1
+    await versions.discard(again)
+    assert len(os.listdir("/proc/self/fd")) == files
+    with pytest.raises(
+        StoreUnavailableError
+    ):  # nothing holds the entry any more, and there is no room for it
+        await versions.stage(version, silent)
 
 
 async def test_a_path_changed_while_the_engine_reads_is_told(shop: Shop) -> None:

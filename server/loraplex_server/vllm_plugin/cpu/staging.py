@@ -6,9 +6,9 @@ a step, and no step waits for it.
 
 Promises: only the process that it was told of is listened to, as the kernel names it; only paths below the given roots
 are read, once links are resolved; at most QUEUE_MAX adapters wait, and what is malformed ends the connection; one
-adapter is made at a time, on a thread that yields the cores to the engine (`nice` 19) for GENTLE_S seconds, and from
-then on, afresh, on one that does not: an adapter comes in however busy the cores are. A dropped one is not made any
-further. A failure is the answer to one question and nothing else.
+adapter is made at a time, on a thread that yields the cores to the engine (`nice` 19) for GENTLE_S seconds and then
+does not any more: an adapter comes in however busy the cores are. A dropped one is not made any further. A failure is
+the answer to one question and nothing else.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 from loraplex_server.vllm_plugin.cpu.staging_wire import (
     LINE_BYTES_MAX,
@@ -41,7 +41,7 @@ CONNECTIONS_MAX: Final = 4
 """Connections at the same time; the server needs one."""
 
 GENTLE_S: Final = 0.25
-"""For so long an adapter is made on the thread that yields, in seconds."""
+"""For so long the thread that makes an adapter yields, in seconds."""
 
 NICE: Final = 19
 """Of the thread that yields. A thread of nice 0 leaves it 1.5 % of a core that both want."""
@@ -52,13 +52,19 @@ _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a ha
 class Block(Protocol):
     """What a reader makes of an adapter."""
 
-    n_bytes: int
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that it takes."""
 
 
-class Store(Protocol):
+B = TypeVar("B", bound=Block)
+B_in = TypeVar("B_in", bound=Block, contravariant=True)
+
+
+class Store(Protocol[B_in]):
     """Where blocks are kept until they are dropped; for any thread."""
 
-    def put(self, adapter_id: int, block: Block) -> None:
+    def put(self, adapter_id: int, block: B_in) -> None:
         """Keep a block. Raises RuntimeError when there is no room."""
 
     def drop(self, adapter_id: int) -> bool:
@@ -68,7 +74,7 @@ class Store(Protocol):
         """Adapters whose blocks are kept."""
 
 
-Read = Callable[[str, Callable[[], None]], Block]
+Read = Callable[[str, Callable[[], None]], B]
 """Makes a block of a directory, calling its second argument often. Raises ValueError or OSError for a bad one."""
 
 
@@ -76,15 +82,15 @@ class _StopError(Exception):
     """The block that is being made is not wanted any more, or not on this thread."""
 
 
-class Staging:
+class Staging(Generic[B]):
     """See the module. `start`, then `close`; for one process and its lifetime."""
 
     def __init__(
         self,
         directory: Path,
         *,
-        read: Read,
-        store: Store,
+        read: Read[B],
+        store: Store[B],
         peer_pid: int,
         roots: Sequence[str],
         gentle_s: float = GENTLE_S,
@@ -109,7 +115,7 @@ class Staging:
         self._coming: set[int] = set()  # asked for, not yet in the store and not dropped
         self._jobs: queue.Queue[tuple[Question, _Line]] = queue.Queue(QUEUE_MAX)
         self._places = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self._gentle = ThreadPoolExecutor(1, thread_name_prefix="stage-gently", initializer=_be_nice)
+        self._gentle = ThreadPoolExecutor(1, thread_name_prefix="stage-gently")
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
@@ -205,31 +211,17 @@ class Staging:
             line.send(reply)
 
     def _make(self, question: Question) -> int:
+        attempt = _Attempt(lambda: self._go_on(question.adapter_id))
         path = self._allowed(question.path)
-        late = threading.Event()
-        gently = self._gentle.submit(self._read_unless, question.adapter_id, path, late)
-        try:
-            block = self._in_time(gently, late)
-        except _StopError:
-            block = self._read(path, lambda: self._go_on(question.adapter_id))
+        making = self._gentle.submit(attempt.run, lambda: self._read(path, attempt.pause))
+        if not wait([making], self._gentle_s).done and not attempt.hurry():
+            block = self._read(path, attempt.go_on)
+        else:
+            block = making.result()
         with self._lock:
             self._go_on(question.adapter_id)
             self._store.put(question.adapter_id, block)
         return block.n_bytes
-
-    def _in_time(self, gently: Future[Block], late: threading.Event) -> Block:
-        if not wait([gently], self._gentle_s).done:
-            late.set()
-            raise _StopError
-        return gently.result()
-
-    def _read_unless(self, adapter_id: int, path: str, late: threading.Event) -> Block:
-        def pause() -> None:
-            if late.is_set():
-                raise _StopError
-            self._go_on(adapter_id)
-
-        return self._read(path, pause)
 
     def _go_on(self, adapter_id: int) -> None:
         if adapter_id not in self._coming:
@@ -249,6 +241,37 @@ class Staging:
         return path
 
 
+class _Attempt:
+    """One adapter being made on a thread that yields, until it is told to hurry."""
+
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        self.go_on = go_on
+        self._thread = 0
+        self._given_up = threading.Event()
+
+    def run(self, make: Callable[[], B]) -> B:
+        """Make it on this thread."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        self._thread = threading.get_native_id()
+        self.pause()
+        return make()
+
+    def pause(self) -> None:
+        """Stop if nobody wants it from this thread any more."""
+        self.go_on()
+        if self._given_up.is_set():
+            raise _StopError
+
+    def hurry(self) -> bool:
+        """Take the yielding back; False when this process may not (RLIMIT_NICE): then the attempt ends soon."""
+        with contextlib.suppress(OSError):
+            if self._thread:  # else the thread is still at one that was given up
+                os.setpriority(os.PRIO_PROCESS, self._thread, os.getpriority(os.PRIO_PROCESS, 0))
+                return True
+        self._given_up.set()
+        return False
+
+
 class _Line:
     """The answering side of a connection; for any thread."""
 
@@ -263,7 +286,7 @@ class _Line:
 
 
 @contextlib.contextmanager
-def _short(directory: Path):  # noqa: ANN202
+def _short(directory: Path) -> Iterator[str]:
     """Name the socket by way of a descriptor: a socket's path has 107 characters at most (unix(7))."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -277,7 +300,3 @@ def _peer(connection: socket.socket) -> tuple[int, int]:
     size = struct.calcsize("3i")
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return pid, uid
-
-
-def _be_nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
