@@ -335,7 +335,7 @@ int lp_nf4_pack(uint8_t* dst, int64_t first, const uint8_t* src, const float* ab
 // unit stride along a row. `code` is the table of 16.
 int lp_nf4_linear(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, const uint8_t* packed,
                   const uint16_t* bias, const float* code, int64_t rows, int64_t n, int64_t k, int64_t group) {
-  if (!y || !x || !packed || !code || rows < 0 || !fits(n, k, group)) return kBadArgument;
+  if ((rows && (!y || !x)) || !packed || !code || rows < 0 || !fits(n, k, group)) return kBadArgument;
   const Linear linear{packed, bias, code, n, k, group};
   for (int64_t from = 0; from < rows; from += kRows) {
     const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, std::min(kRows, rows - from)};

@@ -46,7 +46,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     ),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
-_OPERATORS: list[torch.library.Library] = []  # kept for the life of the process: an operator goes with its library
+_OPERATORS: list[
+    torch.library.Library
+] = []  # kept for the life of the process: an operator goes with its library
 
 
 class NotNF4Error(ValueError):

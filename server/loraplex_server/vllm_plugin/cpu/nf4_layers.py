@@ -1,10 +1,10 @@
 """vLLM's bitsandbytes layers on CPU, computed by the kernels of `nf4`.
 
-vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf16 at every call. `install()` changes two
-methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
+vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf16 at every call. `install()` changes
+two methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
 kernels' order, in place of the original; and such a layer is applied by ``loraplex::nf4_linear``. Layers that the
-kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the
-plugin's own way, with a line in the log.
+kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the plugin's own
+way, with a line in the log.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def install(method: Any) -> None:
     stock_apply, stock_process = method._apply_4bit_weight, method.process_weights_after_loading
     taken = list(inspect.signature(stock_apply).parameters)
     if taken != _APPLY_ARGUMENTS:
-        raise AttributeError(f"{method.__name__}._apply_4bit_weight takes {taken}, expected {_APPLY_ARGUMENTS}")
+        raise AttributeError(
+            f"{method.__name__}._apply_4bit_weight takes {taken}, expected {_APPLY_ARGUMENTS}"
+        )
 
     def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
         stock_process(self, layer)
