@@ -39,7 +39,7 @@ s3-setup: .venv-s3/.setup
 	.venv-interop/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-interop.txt
 	@touch $@
 
-# What the registry's benchmark is measured against.
+# What the benchmarks are measured against, and what draws their plots.
 bench-setup: .venv-bench/.setup
 .venv-bench/.setup: scripts/requirements-bench.txt
 	$(PYTHON) -m venv .venv-bench
@@ -75,11 +75,10 @@ format: setup
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
+# make bench [B="lora_overhead memory"]: the benchmarks, or those named; benchmarks/results/ gets a table and plots
 bench: setup bench-setup
-	$(BIN)/python -m benchmarks.registry_io --json
-	$(BIN)/python -m benchmarks.frontend --json
-	$(BIN)/python -m benchmarks.lora_overhead --json
-	$(BIN)/python -m benchmarks.memory --json
+	$(BIN)/python -m benchmarks.run $(B)
+	.venv-bench/bin/python -m benchmarks.plots
 
 protos: .venv-protos/.setup
 	sh scripts/protos.sh
