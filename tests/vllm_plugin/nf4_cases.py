@@ -40,7 +40,7 @@ def random_case(rng: np.random.Generator) -> Case:
     in_features = GROUPS[-1] * int(rng.integers(1, 40) if rng.random() < 0.9 else rng.integers(40, 160))
     outs = [int(rng.integers(1, 70)) for _ in range(int(rng.choice((1, 1, 2, 3))))]
     weights = [random_weight(rng, out, in_features, block) for out in outs]
-    n_rows = int(rng.choice(ROWS)) if rng.random() < 0.97 else int(rng.integers(470, 500))
+    n_rows = int(rng.choice(ROWS)) if rng.random() < 0.97 else int(rng.integers(630, 660))
     wide = torch.from_numpy(rng.standard_normal((n_rows, in_features + MARGIN), dtype=np.float32)).bfloat16()
     bias = torch.from_numpy(rng.standard_normal(sum(outs), dtype=np.float32)).bfloat16()
     return Case(weights, wide[:, :in_features], bias if rng.random() < 0.5 else None)
