@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from loraplex_server.vllm_plugin import CPU_LORA_ENV, WORKER_EXTENSION
+from loraplex_server.vllm_plugin import CPU_LORA_ENV, CPU_NF4_ENV, WORKER_EXTENSION
 from loraplex_server.vllm_plugin.worker import process_memory_bytes
 
 KV_CACHE_GIB = 1
@@ -47,6 +47,7 @@ class EngineSpec:
     wrapper: str = "grouped"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
+    nf4: str = "native"  # LORAPLEX_CPU_NF4, where the base is quantized: "native" or "stock"
     slots: int = 0  # adapters in one batch; 0: as many as there are adapters
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
@@ -144,7 +145,7 @@ class Engine(Child):
     """A child process with one engine."""
 
     def __init__(self, spec: EngineSpec, *, threads: int) -> None:
-        environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
+        environment = {CPU_LORA_ENV: spec.wrapper, CPU_NF4_ENV: spec.nf4, "HF_HUB_OFFLINE": "1"}
         if spec.trace_directory:
             environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
         if not torch.cuda.is_available():
@@ -194,7 +195,8 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
 
     ``{"rows": [adapter number or null], "prompt_tokens": n, "new_tokens": n}`` generates, driven as the server
     drives the engine. ``{"load": [directories]}`` loads more adapters, numbered on from those there are.
-    ``{"profile": true}`` starts the engine's profiler, false ends it. All are answered with the ``seconds`` they took.
+    ``{"profile": true}`` starts the engine's profiler, false ends it. All are answered with the ``seconds`` they took
+    and the ``tokens`` of each row.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -206,6 +208,7 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
         print(json.dumps({"wrapper": wrapper}), file=out, flush=True)
         for number, line in enumerate(sys.stdin):
             request = json.loads(line)
+            tokens: list[list[int]] = []
             start = time.perf_counter()
             if "load" in request:
                 adapters += await _load(llm, request["load"], len(adapters))
@@ -213,10 +216,11 @@ async def _serve(spec: EngineSpec, out: Any) -> None:
                 await (llm.start_profile() if request["profile"] else llm.stop_profile())
             else:
                 chosen = [None if row is None else adapters[row] for row in request.pop("rows")]
-                await asyncio.gather(
+                tokens = await asyncio.gather(
                     *(_generate(llm, f"{number}-{i}", adapter, **request) for i, adapter in enumerate(chosen))
                 )
-            print(json.dumps({"seconds": time.perf_counter() - start}), file=out, flush=True)
+            answer = {"seconds": time.perf_counter() - start, "tokens": tokens}
+            print(json.dumps(answer), file=out, flush=True)
     finally:
         llm.shutdown()
         del llm  # now, not at interpreter exit, where its destructor fails
@@ -232,7 +236,7 @@ async def _load(llm: Any, directories: Sequence[str], present: int) -> list[Any]
     return adapters
 
 
-async def _generate(llm: Any, name: str, adapter: Any, *, prompt_tokens: int, new_tokens: int) -> None:
+async def _generate(llm: Any, name: str, adapter: Any, *, prompt_tokens: int, new_tokens: int) -> list[int]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -244,8 +248,10 @@ async def _generate(llm: Any, name: str, adapter: Any, *, prompt_tokens: int, ne
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    async for _ in llm.generate(prompt, sampling, name, lora_request=adapter):
-        pass
+    tokens: list[int] = []
+    async for output in llm.generate(prompt, sampling, name, lora_request=adapter):
+        tokens += output.outputs[0].token_ids
+    return tokens
 
 
 def _main() -> None:

@@ -25,7 +25,7 @@ constexpr int64_t kPanel = 16;          // outputs of a panel: the fp32 lanes of
 constexpr int64_t kStep = 8;            // inputs of one 64-byte vector of codes
 constexpr int64_t kFew = 16;            // rows up to which weights go from the lookup straight into the products
 constexpr int64_t kTile = 12;           // else rows at a time: 12 rows x 2 panels are 24 of the 32 registers
-constexpr int64_t kRows = 480;          // most rows for which weights are unpacked once: their sums stay in the cache
+constexpr int64_t kRows = 640;          // most rows for which weights are unpacked once: their sums stay in the cache
 constexpr int64_t kUnpacked = 32768;    // bytes of bf16 weights unpacked at a time, which stay in the cache
 constexpr int64_t kAlone = 1 << 20;     // products below which a second thread is not worth waking
 constexpr int64_t kAhead = 1024;        // bytes that reading runs ahead of the lookup
@@ -335,10 +335,11 @@ int lp_nf4_pack(uint8_t* dst, int64_t first, const uint8_t* src, const float* ab
 // unit stride along a row. `code` is the table of 16.
 int lp_nf4_linear(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, const uint8_t* packed,
                   const uint16_t* bias, const float* code, int64_t rows, int64_t n, int64_t k, int64_t group) {
-  if (!y || !x || !packed || !code || rows < 0 || !fits(n, k, group)) return kBadArgument;
+  if ((rows && (!y || !x)) || !packed || !code || rows < 0 || !fits(n, k, group)) return kBadArgument;
   const Linear linear{packed, bias, code, n, k, group};
-  for (int64_t from = 0; from < rows; from += kRows) {
-    const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, std::min(kRows, rows - from)};
+  for (int64_t part = 0, parts = (rows + kRows - 1) / kRows; part < parts; ++part) {
+    const int64_t from = rows * part / parts, count = rows * (part + 1) / parts - from;
+    const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, count};
     const bool done = some.count <= kFew ? few_rows(linear, some) : many_rows(linear, some);
     if (!done) return kNoMemory;
   }

@@ -35,6 +35,7 @@ TABLE: Final = torch.tensor(  # QLoRA, appendix E
     dtype=torch.float32,
 )  # fmt: skip
 
+_TABLE_AT: Final = TABLE.data_ptr()
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lp_nf4_supported": (_INT, ()),
@@ -127,7 +128,7 @@ def pack(weights: Sequence[Quantized]) -> Packed:
     in_features, block = widths.pop()
     group = group_of(in_features, block)
     out_features = sum(one.shape[0] for one in weights)
-    memory = torch.zeros(load().lp_nf4_bytes(out_features, in_features, group), dtype=torch.uint8)
+    memory = torch.zeros(_packed_bytes(out_features, in_features, group), dtype=torch.uint8)
     first = 0
     for one in weights:
         codes, absmax = _checked(one)
@@ -138,6 +139,11 @@ def pack(weights: Sequence[Quantized]) -> Packed:
         )
         first += one.shape[0]
     return Packed(memory, out_features, in_features, group)
+
+
+@cache
+def _packed_bytes(out_features: int, in_features: int, group: int) -> int:
+    return int(load().lp_nf4_bytes(out_features, in_features, group))
 
 
 def _checked(one: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,20 +166,20 @@ def linear(
 
     """
     in_features = x.shape[-1]
-    rows = x.reshape(-1, in_features)
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
     if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
         raise NotNF4Error(f"x and bias must be bf16, not {x.dtype}, {None if bias is None else bias.dtype}")
     if bias is not None and (bias.shape != (out_features,) or bias.stride(0) != 1):
         raise NotNF4Error(f"bias of {tuple(bias.shape)} for {out_features} outputs")
-    if memory.numel() != load().lp_nf4_bytes(out_features, in_features, group):
+    if memory.numel() != _packed_bytes(out_features, in_features, group):
         raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
     _check(
         load().lp_nf4_linear(
             y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
-            None if bias is None else bias.data_ptr(), TABLE.data_ptr(), len(rows), out_features, in_features, group,
+            None if bias is None else bias.data_ptr(), _TABLE_AT, rows.shape[0], out_features, in_features, group,
         )
     )  # fmt: skip
     return y

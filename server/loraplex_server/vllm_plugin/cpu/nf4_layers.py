@@ -1,10 +1,10 @@
 """vLLM's bitsandbytes layers on CPU, computed by the kernels of `nf4`.
 
-vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf16 at every call. `install()` changes two
-methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
+vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf16 at every call. `install()` changes
+two methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
 kernels' order, in place of the original; and such a layer is applied by ``loraplex::nf4_linear``. Layers that the
-kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the
-plugin's own way, with a line in the log.
+kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the plugin's own
+way, with a line in the log.
 """
 
 from __future__ import annotations
