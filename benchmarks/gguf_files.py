@@ -81,7 +81,7 @@ def write_adapter(directory: Path, target: Path) -> None:
 
 
 def _add_vocabulary(writer: Any, size: int, *, end: int) -> None:
-    """A byte-level vocabulary without merges; single bytes read as GPT-2 writes them, the rest as anything."""
+    """A byte-level vocabulary; single bytes read as GPT-2 writes them, the rest as anything."""
     plain = {*range(ord("!"), ord("~") + 1), *range(161, 173), *range(174, 256)}
     others = [code for code in range(BYTES) if code not in plain]
     letters = [chr(code if code in plain else BYTES + others.index(code)) for code in range(BYTES)]
@@ -90,7 +90,7 @@ def _add_vocabulary(writer: Any, size: int, *, end: int) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
-    writer.add_token_merges([])
+    writer.add_token_merges(["a b"])  # llama.cpp wants at least one
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
 
