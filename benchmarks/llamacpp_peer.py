@@ -82,6 +82,7 @@ class LlamaServer:
         environment = {**os.environ, "OMP_WAIT_POLICY": "ACTIVE"}
         self._process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True, env=environment)
         self._await_health()
+        self.started = {"package": (home / "VERSION").read_text().strip(), "quantization": QUANTIZATION}
         self._rows = ThreadPoolExecutor(rows)
         self._signal(signal.SIGSTOP)
 

@@ -40,8 +40,9 @@ ADAPTERS = {
     "acme/peft-four": Kind(4, ("q_proj", "v_proj"), 0.1),
     "globex/peft-sixteen": Kind(16, ALL_LINEAR, 0.075),
 }
-TIE = 0.05
-"""Logits nearer than this are a tie in bf16."""
+TIE = 0.03
+"""Logits nearer than this are a tie in bf16: twice the largest error measured here of the difference between two of the
+five likeliest (0.015; the logits' standard deviation is 0.28)."""
 
 
 def publish(stage: Stage, adapters: Mapping[str, Kind], seed: int) -> dict[str, Path]:
