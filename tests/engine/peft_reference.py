@@ -1,8 +1,8 @@
 """The reference for served adapters: what PEFT on transformers answers, greedily, one request at a time.
 
-It always computes in fp32. For an engine in bf16 the weights of base and adapters are rounded to bf16 first, so that
-both hold the same numbers and only the engine's arithmetic differs. That difference may turn a near tie of two tokens
-round: `Greedy.agreement` says what counts as one, and what is compared then.
+It always computes in fp32, on the numbers that the engine holds: for one in bf16 the weights of base and adapters are
+rounded to bf16 first, for a base in NF4 its linear layers go through NF4 and back. So only the engine's arithmetic
+differs. That may turn a near tie of two tokens round: `Greedy.agreement` says what is one, and what is compared then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -60,10 +61,13 @@ def greedy(
     new_tokens: int,
     *,
     dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
 ) -> list[Greedy]:
-    """Answer each request with the weights as they are in `dtype`."""
+    """Answer each request with the weights as they are in `dtype`, the base's linear layers in NF4 if asked."""
     first, *others = adapters.items()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if nf4:
+        _round_to_nf4(model, dtype)
     peft = PeftModel.from_pretrained(model, first[1], adapter_name=first[0]).eval()
     for name, path in others:
         peft.load_adapter(path, adapter_name=name)
@@ -71,6 +75,16 @@ def greedy(
         for parameter in peft.parameters():
             parameter.copy_(parameter.to(dtype))
         return [_answer(peft, name, prompt, new_tokens) for name, prompt in requests]
+
+
+def _round_to_nf4(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As vLLM's loader does it: every linear layer but the output layer, each weight for itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            packed, state = quantize_4bit(
+                module.weight.data.to(dtype), compress_statistics=True, quant_type="nf4"
+            )
+            module.weight.data = dequantize_4bit(packed, state).float()
 
 
 def _answer(peft: PeftModel, name: str | None, prompt: Sequence[int], new_tokens: int) -> Greedy:
