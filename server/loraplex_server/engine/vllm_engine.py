@@ -35,18 +35,7 @@ from loraplex_server.engine.protocol import (
     Sampling,
 )
 from loraplex_server.engine.quantize import int8_checkpoint
-from loraplex_server.engine.vllm_settings import engine_arguments, set_environment
-from loraplex_server.engine.vllm_values import (
-from loraplex_server.errors import (
-    AdapterNotReadyError,
-    ConfigError,
-    EngineUnavailableError,
-    InvalidRequestError,
-)
-from loraplex_server.engine.form_trials import FormTrials, sandbox_command
-from loraplex_server.engine.quantize import int8_checkpoint
 from loraplex_server.engine.vllm_adapters import Loading, Staged, ThroughEngine
-from loraplex_server.vllm_plugin import CORRECT_WRAPPERS, NATIVE_WRAPPER
 from loraplex_server.engine.vllm_settings import engine_arguments, set_environment, widen_slots
 from loraplex_server.engine.vllm_values import (
     chunks,
@@ -55,8 +44,13 @@ from loraplex_server.engine.vllm_values import (
     refuse_unsupported,
     sampling_params,
 )
-from loraplex_server.errors import ConfigError, EngineUnavailableError, InvalidRequestError
-from loraplex_server.vllm_plugin import GROUPED_WRAPPER
+from loraplex_server.errors import (
+    AdapterNotReadyError,
+    ConfigError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
+from loraplex_server.vllm_plugin import CORRECT_WRAPPERS, NATIVE_WRAPPER
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
