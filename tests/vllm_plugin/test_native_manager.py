@@ -1,4 +1,4 @@
-"""The native manager on vLLM's own layers: right for every row, nothing copied, nothing evicted, nothing left behind."""
+"""The native manager on vLLM's own layers: right for every row; nothing copied, evicted or left behind."""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ from loraplex_server.vllm_plugin.cpu.build import library
 TOKENS: Final = 0  # rows are the tokens of the step
 SAMPLES: Final = 1  # rows are the positions whose logits are computed
 TYPES: Final = {torch.bfloat16: 0, torch.float32: 1}
-SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("lora.cpp", "lora_kernels.inc"))
+SOURCES: Final = tuple(
+    Path(__file__).with_name(name)
+    for name in ("lora.cpp", "lora_plan.h", "lora_table.h", "lora_isa.h", "lora_kernels.inc")
+)
 
 _MESSAGES: Final = {
     -1: "a null pointer, a size that cannot be, or geometry changed while adapters are bound",
@@ -225,16 +228,17 @@ class Table:
             raise KernelError(
                 f"module {module}: x {tuple(x.shape)}, y {tuple(y.shape)} do not fit {geometry}"
             )
-        if x.dtype != self.dtype or y.dtype != self.dtype or x.stride(1) != 1 or y.stride(1) != 1:
+        (y_stride, y_unit), (x_stride, x_unit) = y.stride(), x.stride()
+        if x.dtype != self.dtype or y.dtype != self.dtype or x_unit != 1 or y_unit != 1:
             raise KernelError(f"module {module}: x and y must be {self.dtype} with unit stride along a row")
         error = self._library.lp_add(
             self._table,
             module,
             kind,
             y.data_ptr(),
-            y.stride(0),
+            y_stride,
             x.data_ptr(),
-            x.stride(0),
+            x_stride,
             n_rows,
             self._type,
         )
