@@ -1,10 +1,10 @@
 """Memory for blocks: of its own, in huge pages where there are any, and used again.
 
 A block's memory goes back when nothing refers to it any more: no request, no slot of the kernels, no tensor over it.
-The last regions, SPARE_BYTES_MAX together at most, are kept for the next blocks of about their size. Memory that is new
-to a process has to be found and zeroed by the kernel, and in a virtual machine often by the host as well, while the core
-can do nothing else: 75 ms for 35 MB where that was measured, against 20 ms for making the whole block in memory that was
-in use before. For any thread.
+The last regions, SPARE_BYTES_MAX together at most, are kept for the next blocks of about their size. Memory that is
+new to a process has to be found and zeroed by the kernel, and in a virtual machine often by the host as well, while the
+core can do nothing else: 75 ms for 35 MB where that was measured, against 20 ms for making the whole block in memory
+that was in use before. For any thread.
 """
 
 from __future__ import annotations
