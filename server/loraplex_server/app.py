@@ -21,22 +21,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loraplex_server.access_log import AccessLog, send_json_lines_to_stdout
-from loraplex_server.calls import Guard
+from loraplex_server.adapters.integrity import Patrol
+from loraplex_server.adapters.reconsider import reconsider_all, reconsider_for_ever
+from loraplex_server.adapters.residency import Residency
+from loraplex_server.adapters.versions import Versions
+from loraplex_server.calls.gate import Backend, Gate
+from loraplex_server.calls.guard import Guard
 from loraplex_server.config import Config, load_config, split_address
-from loraplex_server.engine import Engine
-from loraplex_server.engine_vllm import VllmEngine
+from loraplex_server.engine.protocol import Engine
+from loraplex_server.engine.vllm_engine import VllmEngine
 from loraplex_server.errors import ConfigError, EngineUnavailableError, ServerError
-from loraplex_server.gate import Backend, Gate
 from loraplex_server.identity.authenticator import Authenticator
-from loraplex_server.integrity import Patrol
 from loraplex_server.metrics import Metrics, MetricsPage
-from loraplex_server.observing import hook_up, make_tracing
-from loraplex_server.ports import Ports
-from loraplex_server.reconsider import reconsider_all, reconsider_for_ever
-from loraplex_server.residency import Residency
+from loraplex_server.observability.access_log import AccessLog, send_json_lines_to_stdout
+from loraplex_server.observability.observing import hook_up, make_tracing
+from loraplex_server.ports.ports import Ports
 from loraplex_server.rollout.splits import Splits
-from loraplex_server.versions import Versions
 from loraplex_server.watched import WatchedFile, refresh_for_ever
 from loraplex_server.wiring import (
     cache_dir,

@@ -16,7 +16,7 @@
         ├── QueueFullError           QUEUE_FULL
         └── TenantQuotaError         TENANT_QUOTA
 
-Errors of the registry carry the same kind of `.code`; `status.STATUS_OF_REASON` maps both to gRPC.
+Errors of the registry carry the same kind of `.code`; `calls.status.STATUS_OF_REASON` maps both to gRPC.
 """
 
 from collections.abc import Mapping

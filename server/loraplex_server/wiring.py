@@ -23,21 +23,21 @@ from loraplex_registry.trust.verdict import TrustPolicy
 from loraplex_registry.trust.verifier import Verifier
 from loraplex_registry.validation.base import BaseModel
 from loraplex_registry.validation.weights import Limits
+from loraplex_server.adapters.preflight import slot_bytes
+from loraplex_server.adapters.residency import Residency, ResidencyEvents
+from loraplex_server.adapters.versions import AdapterSource, NoSource, Versions
+from loraplex_server.calls.gate import Backend
 from loraplex_server.config import SLOTS, Config
-from loraplex_server.engine import Engine
+from loraplex_server.engine.protocol import Engine
+from loraplex_server.engine.supervision import SupervisionEvents, Supervisor
 from loraplex_server.errors import ConfigError
-from loraplex_server.gate import Backend
 from loraplex_server.metrics import Metrics
-from loraplex_server.preflight import slot_bytes
-from loraplex_server.residency import Residency, ResidencyEvents
 from loraplex_server.rollout.judge import Limits as RolloutLimits
 from loraplex_server.rollout.rollouts import RolloutEvents, Rollouts
 from loraplex_server.rollout.splits import Splits
 from loraplex_server.scheduling.fair_queue import FairQueue
 from loraplex_server.scheduling.quotas import Quota, Quotas
 from loraplex_server.scheduling.scheduler import Scheduler, SchedulerEvents
-from loraplex_server.supervision import SupervisionEvents, Supervisor
-from loraplex_server.versions import AdapterSource, NoSource, Versions
 from loraplex_server.watched import WatchedFile
 
 DESCRIPTORS_PER_ADAPTER: Final = 5

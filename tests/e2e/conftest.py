@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,26 +35,37 @@ from tests.sim.toxics import Toxics
 START_TIMEOUT_S = 180.0
 BUCKET = "adapters"
 SLOTS = 4
-RANK_MAX = 8
+RANK_MAX = 16
+RANK = 8
 MODULES = ("q_proj", "v_proj", "down_proj")
 SIXTEEN = replace(GREEDY, max_tokens=16, ignore_eos=True)
 PROMPT = TokenIds((1, 20, 30, 40, 50))
 
 
-def write_adapter(base: BaseModel, directory: Path, *, seed: int, rank: int = RANK_MAX) -> Path:
+def write_adapter(
+    base: BaseModel,
+    directory: Path,
+    *,
+    seed: int,
+    rank: int = RANK,
+    modules: Sequence[str] = MODULES,
+    std: float = 0.5,
+) -> Path:
     """Write a random adapter, strong enough to change greedy tokens, for any base."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for module, (width_in, width_out) in base.layers.items():
-        if module.rpartition(".")[2] in MODULES:
-            name = f"base_model.model.{module}"
-            tensors[f"{name}.lora_A.weight"] = rng.normal(0, 0.5, (rank, width_in)).astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = rng.normal(0, 0.5, (width_out, rank)).astype(np.float32)
+        if module.rpartition(".")[2] in modules:
+            parts = "lora_A.weight", "lora_B.weight"
+            if module.endswith("embed_tokens"):  # PEFT's own layout: from a token to its vector
+                parts, width_in, width_out = ("lora_embedding_A", "lora_embedding_B"), width_out, width_in
+            for part, size in zip(parts, ((rank, width_in), (width_out, rank)), strict=True):
+                tensors[f"base_model.model.{module}.{part}"] = rng.normal(0, std, size).astype(np.float32)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     import json
 
-    config = adapter_config(rank=rank, target_modules=list(MODULES))
+    config = adapter_config(rank=rank, target_modules=list(modules))
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 
@@ -89,7 +100,7 @@ class Stage:
         return Client(f"127.0.0.1:{self.port}", timeout_s=60)
 
     def publish(
-        self, ref: str, *, seed: int, rank: int = RANK_MAX, signer: str | None = None, tag: str | None = None
+        self, ref: str, *, seed: int, rank: int = RANK, signer: str | None = None, tag: str | None = None
     ) -> Published:
         """Make, sign and push an adapter from a seed."""
         parsed = AdapterRef.parse(ref)

@@ -32,6 +32,7 @@ from loraplex_registry.registry import utc_now
 from loraplex_registry.storage.store import CountingStore, open_store
 from loraplex_registry.validation.weights import validate_adapter
 from tests.e2e.conftest import PROMPT, RANK_MAX, Stage, generate, write_adapter, write_settings
+from tests.e2e.spoiling import refused_by_the_engine, served_afterwards
 
 pytestmark = pytest.mark.engine
 
@@ -246,3 +247,20 @@ def test_residents_go_on_serving_while_the_store_is_down(server: Stage, client: 
         assert caught.value.code == "STORE_UNAVAILABLE"
     finally:
         server.toxics.heal()
+
+
+def test_a_load_that_vllm_itself_refuses_harms_nobody_and_the_next_one_works(
+    server: Stage, client: Client
+) -> None:
+    published = server.publish("acme/spoilt", seed=15)
+    alone, good = served_afterwards(client, "acme/spoilt"), generate(client, "acme/good")
+    for harm in (
+        "weights gone",
+        "modules nobody knows",
+        "shapes beyond the slot's",
+    ):  # all: tests/reliability
+        said = refused_by_the_engine(client, server.cache, "acme/spoilt", published.digest, harm)
+        assert said.startswith("UNSUPPORTED_ADAPTER: "), harm
+        assert "the engine refused these weights" in said, harm
+        assert generate(client, "acme/good").token_ids == good.token_ids, harm
+        assert served_afterwards(client, "acme/spoilt").token_ids == alone.token_ids, harm

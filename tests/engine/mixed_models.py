@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
@@ -64,37 +64,3 @@ def make_adapters(base: Path, directory: Path, seed: int) -> dict[str, Path]:
         model.save_pretrained(directory / name, save_embedding_layers=False)
         paths[name] = directory / name
     return paths
-
-
-def greedy_with_peft(
-    base: Path, adapters: dict[str, Path], requests: list[tuple[str | None, list[int]]], new_tokens: int
-) -> list[list[int]]:
-    """Return each request's greedy tokens, one request at a time, by transformers and PEFT."""
-    model = LlamaForCausalLM.from_pretrained(base).float().eval()
-    first, *others = adapters.items()
-    peft = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
-    for name, path in others:
-        peft.load_adapter(path, adapter_name=name)
-    answers = []
-    for name, prompt in requests:
-        if name is None:
-            with peft.disable_adapter():
-                answers.append(_greedy(peft, prompt, new_tokens))
-        else:
-            peft.set_adapter(name)
-            answers.append(_greedy(peft, prompt, new_tokens))
-    return answers
-
-
-def _greedy(model: PeftModel, prompt: list[int], new_tokens: int) -> list[int]:
-    with torch.inference_mode():
-        ids = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    return ids[0, len(prompt) :].tolist()

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from loraplex_server.vllm_plugin import CPU_LORA_ENV, NATIVE_WRAPPER, STOCK_WRAPPER
-from tests.engine.mixed_models import ADAPTERS, VOCABULARY, greedy_with_peft, make_adapters, make_base
+from tests.engine.mixed_models import ADAPTERS, VOCABULARY, make_adapters, make_base
+from tests.engine.peft_reference import Request, greedy
 
 pytestmark = pytest.mark.engine
 
@@ -46,10 +47,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def by_peft(job: dict[str, Any], requests: list[Request]) -> list[list[int]]:
+    adapters = {name: Path(path) for name, path in job["adapters"].items()}
+    return [list(answer.tokens) for answer in greedy(Path(job["base"]), adapters, requests, NEW_TOKENS)]
+
+
 @pytest.fixture(scope="module")
 def peft_tokens(job: dict[str, Any]) -> list[list[int]]:
-    adapters = {name: Path(path) for name, path in job["adapters"].items()}
-    return greedy_with_peft(Path(job["base"]), adapters, job["requests"], NEW_TOKENS)
+    return by_peft(job, job["requests"])
 
 
 def run_engine(job: dict[str, Any], directory: Path, wrapper: str) -> dict[str, Any]:
@@ -88,10 +93,8 @@ def stock(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def test_each_adapter_changes_the_answer_so_that_a_mix_up_would_be_seen(job, peft_tokens):
-    adapters = {name: Path(path) for name, path in job["adapters"].items()}
     prompt = job["requests"][0][1]
-    everyone = [(name, prompt) for name in (None, *adapters)]
-    answers = greedy_with_peft(Path(job["base"]), adapters, everyone, NEW_TOKENS)
+    answers = by_peft(job, [(name, prompt) for name in (None, *ADAPTERS)])
     assert len({tuple(answer) for answer in answers}) == len(answers)
     assert answers[0] == peft_tokens[0]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.engine import LOGPROB_MIN, Form, Sampling
+from loraplex_server.engine.protocol import LOGPROB_MIN, Form, Sampling
+from loraplex_server.engine.vllm_values import chunks, embedding
 from loraplex_server.errors import EngineUnavailableError, InvalidRequestError
-from loraplex_server.vllm_values import chunks, embedding
 
 PLAIN = Sampling(max_tokens=4)
 

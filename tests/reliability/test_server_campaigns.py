@@ -15,6 +15,7 @@ from tests.server.campaigns.leaks import leaks
 from tests.server.campaigns.load import Account, held_load, overload, p99
 from tests.server.campaigns.neighbours import neighbours
 from tests.server.campaigns.rolls import rolls
+from tests.server.campaigns.scrape import scraped
 from tests.server.campaigns.stalled import stalled_readers
 from tests.server.conftest import Shop
 
@@ -149,3 +150,15 @@ async def test_server_leaks(shop: Shop, figure: Figure) -> None:
     figure("sealed adapters more", found.sealed_files, "= 0", found.sealed_files == 0)
     growth = round(found.rss_ratio, 3)
     figure("memory afterwards / before", growth, "<= 1.05", growth <= 1.05)
+
+
+def test_server_scrape_is_flat(figure: Figure) -> None:
+    pages = [scraped(adapters) for adapters in (10, 100, 1000, 10_000)]
+    print({page.adapters: page.size_bytes for page in pages})
+    ratio = round(max(page.size_bytes for page in pages) / pages[0].size_bytes, 3)
+    figure(
+        "metrics page, 10 adapters, bytes", pages[0].size_bytes, "<= 200000", pages[0].size_bytes <= 200_000
+    )
+    figure("longest of 100 to 10,000 adapters / 10", ratio, "<= 1.1", ratio <= 1.1)
+    exact = sum(page.exact for page in pages)
+    figure("pages whose sums are exact", exact, f"= {len(pages)}", exact == len(pages))

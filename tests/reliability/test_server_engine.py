@@ -3,7 +3,8 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplex_client import AsyncClient, LoraplexError, TokenIds
+from loraplex_client import AsyncClient, Client, LoraplexError, TokenIds
 from loraplex_registry.refs import AdapterRef
 from tests.e2e.conftest import (
     RANK_MAX,
@@ -25,6 +26,7 @@ from tests.e2e.conftest import (
     write_adapter,
     write_settings,
 )
+from tests.e2e.spoiling import HARMS, refused_by_the_engine, served_afterwards
 from tests.e2e.test_bad_input import publish_unchecked
 from tests.sim.stranger import in_own_process
 
@@ -36,6 +38,7 @@ PROMPTS = (TokenIds((1, 20, 30, 40, 50)), TokenIds((1, 99, 98, 97)), TokenIds((1
 CALLERS = 16
 RULE = '[[rules]]\nscope = "{name}/**"\nkeys = [{{ path = "acme.pub" }}]\n'
 START_S = 20.0
+ENGINE = "the engine refused these weights"
 
 
 @dataclass
@@ -96,6 +99,49 @@ async def test_server_engine_replies_never_cross(crowd: Crowd, figure: Figure, s
     figure("replies other than alone, token for token", differing, "= 0", differing == 0)
 
 
+async def tokens_alone(client: AsyncClient, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """What each adapter answers, one after the other."""
+    return {
+        name: (await client.generate(PROMPTS[0], adapter=name, sampling=SIXTEEN)).token_ids for name in names
+    }
+
+
+@dataclass
+class Neighbours:
+    """Calls of adapters that nothing is wrong with, and those of them that were harmed."""
+
+    calls: int = 0
+    harmed: int = 0
+
+    def report(self, figure: Figure) -> None:
+        """Tell the figures."""
+        figure("neighbours' calls meanwhile", self.calls, ">= 20", self.calls >= 20)
+        figure("of these, in error or with other tokens", self.harmed, "= 0", self.harmed == 0)
+
+
+@asynccontextmanager
+async def neighbours(client: AsyncClient, names: list[str]) -> AsyncIterator[Neighbours]:
+    """Have these adapters called, two calls of each at a time, for the length of the block."""
+    alone, found, ended = await tokens_alone(client, names), Neighbours(), asyncio.Event()
+
+    async def call(name: str) -> None:
+        while not ended.is_set():
+            try:
+                done = await client.generate(PROMPTS[0], adapter=name, sampling=SIXTEEN)
+                found.harmed += done.token_ids != alone[name]
+            except LoraplexError:
+                found.harmed += 1
+            found.calls += 1
+
+    async with asyncio.TaskGroup() as calls:
+        for name in names * 2:
+            calls.create_task(call(name))
+        try:
+            yield found
+        finally:
+            ended.set()
+
+
 def poison(stage: Stage, root: Path) -> dict[str, str]:  # noqa: F811
     """Publish adapters that must not be served; gives the reason each is to be refused with."""
     good = write_adapter(stage.base, root / "good", seed=1)
@@ -153,44 +199,57 @@ async def test_server_engine_poison_harms_nobody_else(
     rng, expected = random.Random(seed), poison(crowd.stage, tmp_path)
     reasons: Counter[str] = Counter()
     unexpected: Counter[str] = Counter()
-    others, harmed = 0, 0
-    ended = False
     async with crowd.client() as client:
-        mine = crowd.adapters[:2]
-        alone = {
-            name: (await client.generate(PROMPTS[0], adapter=name, sampling=SIXTEEN)).token_ids
-            for name in mine
-        }
-
-        async def neighbour(name: str) -> None:
-            nonlocal others, harmed
-            while not ended:
+        async with neighbours(client, crowd.adapters[:2]) as beside:
+            for _ in range(100):
+                name = rng.choice(list(expected))
                 try:
-                    done = await client.generate(PROMPTS[0], adapter=name, sampling=SIXTEEN)
-                    harmed += done.token_ids != alone[name]
-                except LoraplexError:
-                    harmed += 1
-                others += 1
-
-        neighbours = [asyncio.create_task(neighbour(name)) for name in mine * 2]
-        for _ in range(100):
-            name = rng.choice(list(expected))
-            try:
-                await client.generate(PROMPTS[1], adapter=name, sampling=SIXTEEN)
-                unexpected[f"{name} served"] += 1
-            except LoraplexError as error:
-                reasons[error.code] += 1
-                if error.code != expected[name]:
-                    unexpected[f"{name} {error.code}"] += 1
-        ended = True
-        await asyncio.gather(*neighbours)
+                    await client.generate(PROMPTS[1], adapter=name, sampling=SIXTEEN)
+                    unexpected[f"{name} served"] += 1
+                except LoraplexError as error:
+                    reasons[error.code] += 1
+                    if error.code != expected[name]:
+                        unexpected[f"{name} {error.code}"] += 1
         healthy = await client.is_ready()
     print(dict(reasons), dict(unexpected))
     figure("poisoned adapters asked for", sum(reasons.values()), "= 100", sum(reasons.values()) == 100)
     figure("served, or refused with another reason", sum(unexpected.values()), "= 0", not unexpected)
-    figure("neighbours' calls meanwhile", others, ">= 20", others >= 20)
-    figure("of these, in error or with other tokens", harmed, "= 0", harmed == 0)
+    beside.report(figure)
     figure("server ready afterwards", int(healthy), "= 1", healthy)
+
+
+async def test_server_engine_load_errors_of_vllm_harm_nobody_else(
+    crowd: Crowd, figure: Figure, seed: int
+) -> None:
+    """What passed every check of ours and is changed under the engine's hands, in each way that vLLM refuses."""
+    published = crowd.stage.publish("acme/spoilt", seed=5)
+    harms = list(HARMS) * 3
+    random.Random(seed).shuffle(harms)
+    words, answers = Counter[str](), Counter[tuple[int, ...]]()
+    with Client(f"127.0.0.1:{crowd.served.grpc_port}", timeout_s=120) as spoilt:
+        async with crowd.client() as client:
+            alone = await tokens_alone(client, crowd.adapters[:SLOTS])
+            before = await asyncio.to_thread(served_afterwards, spoilt, "acme/spoilt")
+            async with neighbours(client, crowd.adapters[:2]) as beside:
+                for harm in harms:
+                    args = (spoilt, crowd.stage.cache, "acme/spoilt", published.digest, harm)
+                    words[await asyncio.to_thread(refused_by_the_engine, *args)] += 1
+                    answers[
+                        (await asyncio.to_thread(served_afterwards, spoilt, "acme/spoilt")).token_ids
+                    ] += 1
+            same = sum(
+                [tokens == alone[name] for name, tokens in (await tokens_alone(client, alone)).items()]
+            )
+    refused = sum(
+        words[said] for said in words if said.startswith("UNSUPPORTED_ADAPTER: ") and ENGINE in said
+    )
+    right = answers[before.token_ids]
+    figure(
+        f"loads that vLLM refused, of {len(HARMS)} kinds", refused, f"= {len(harms)}", refused == len(harms)
+    )
+    figure("right answers of the same adapter next", right, f"= {len(harms)}", right == len(harms))
+    beside.report(figure)
+    figure("slots that answer as before afterwards", same, f"= {SLOTS}", same == SLOTS)
 
 
 async def test_server_engine_talks_to_a_stranger(crowd: Crowd, figure: Figure) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_server.errors import InvalidRequestError
-from loraplex_server.schemas import check_schema
+from loraplex_server.requests.schemas import check_schema
 
 pytestmark = pytest.mark.reliability
 

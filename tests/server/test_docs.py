@@ -7,9 +7,9 @@ from typing import get_type_hints
 
 from prometheus_client import CollectorRegistry
 
+from loraplex_server.calls.status import STATUS_OF_REASON
 from loraplex_server.config import Config, TenantSettings
 from loraplex_server.metrics import Metrics
-from loraplex_server.status import STATUS_OF_REASON
 
 DOCS = Path(__file__).parents[2] / "docs"
 

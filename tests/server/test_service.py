@@ -31,7 +31,7 @@ from loraplex_protos.v1 import adapters_pb2, generation_pb2
 from loraplex_server.errors import ConfigError
 from loraplex_server.identity.api_keys import make_key
 from loraplex_server.identity.principals import RIGHTS, Action
-from loraplex_server.ports import SERVICES
+from loraplex_server.ports.ports import SERVICES
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, reason_of, running, until
 from tests.sim.engine import answer

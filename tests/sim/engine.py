@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 
 from loraplex_registry.errors import UnsupportedAdapterError
 from loraplex_registry.validation.base import BaseModel
-from loraplex_server.engine import (
+from loraplex_server.engine.protocol import (
     Candidate,
     ChatTurn,
     EngineAdapter,
@@ -63,7 +63,7 @@ def logprobs_of(token: int, asked: int | None) -> tuple[TokenLogprobs, ...]:
 
 
 class SimEngine:
-    """See `loraplex_server.engine.Engine`; the public attributes are the orders a test gives."""
+    """See `loraplex_server.engine.protocol.Engine`; the public attributes are the orders a test gives."""
 
     def __init__(
         self,

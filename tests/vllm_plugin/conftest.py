@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 
+from loraplex_server.vllm_plugin.cpu import nf4
 from loraplex_server.vllm_plugin.cpu.build import BuildError
 from loraplex_server.vllm_plugin.cpu.kernels import load
 
@@ -12,5 +13,14 @@ from loraplex_server.vllm_plugin.cpu.kernels import load
 def loaded() -> ctypes.CDLL:
     try:
         return load()
+    except BuildError as error:
+        pytest.skip(f"no kernels here: {error}")
+
+
+@pytest.fixture(scope="session")
+def nf4_here() -> None:
+    try:
+        if not nf4.supported():
+            pytest.skip("this processor has no AVX-512-BF16")
     except BuildError as error:
         pytest.skip(f"no kernels here: {error}")

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_registry.errors import UnsupportedAdapterError
+from loraplex_server.engine.staging_client import StagingClient
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
-from loraplex_server.staging_client import StagingClient
 from loraplex_server.vllm_plugin.cpu import staging
 from loraplex_server.vllm_plugin.cpu.staging import Staging
 from loraplex_server.vllm_plugin.cpu.staging_wire import (

@@ -25,7 +25,7 @@ CELLS_MAX: Final = 1 << 16
 """Cells of the filter, 8 bytes each."""
 
 HALVE_AFTER_PER_NAME: Final = 1000
-"""Hits after which all counts are halved, for each name kept: 64 names, 64,000 calls."""
+"""Hits after which all counts are halved, for each name kept: 10 names, 10,000 calls."""
 
 
 class Busiest:

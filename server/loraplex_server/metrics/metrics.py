@@ -33,7 +33,7 @@ class Metrics:
     """Counters and histograms of one server. `registry` is the library's default one in production."""
 
     def __init__(
-        self, *, tenants_max: int, adapters_max: int = 64, registry: CollectorRegistry = REGISTRY
+        self, *, tenants_max: int, adapters_max: int = 10, registry: CollectorRegistry = REGISTRY
     ) -> None:
         """Register everything.
 

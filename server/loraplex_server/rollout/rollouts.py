@@ -21,10 +21,10 @@ from typing import Final, Protocol, TypeVar
 
 from loraplex_registry.errors import RegistryError, StoreUnavailableError
 from loraplex_registry.refs import AdapterRef
+from loraplex_server.adapters.versions import AdapterVersion
 from loraplex_server.errors import AdapterNotReadyError, NotFoundError, RequestError
 from loraplex_server.rollout.judge import Limits, Sample, Window, median, verdict
 from loraplex_server.rollout.splits import Split, Splits, Target
-from loraplex_server.versions import AdapterVersion
 
 _log = logging.getLogger(__name__)
 

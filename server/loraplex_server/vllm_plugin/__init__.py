@@ -16,14 +16,19 @@ Importing this module does nothing and imports neither torch nor vLLM. Environme
     that cannot have it does not start. ``grouped``: rows grouped by adapter in pure torch, over vLLM's own slots.
     ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks and for the test that shows the fault, and the
     loraplex server refuses to serve with it.
+``LORAPLEX_CPU_NF4``
+    ``native`` (default) or ``stock``: whether the linear layers of an NF4 base run on our kernels (`cpu.nf4_layers`)
+    or as vLLM's bitsandbytes plugin has them. Without a compiler or AVX-512-BF16 it is stock, with a line in the log.
 """
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any, Final
 
 CPU_LORA_ENV: Final = "LORAPLEX_CPU_LORA"
+CPU_NF4_ENV: Final = "LORAPLEX_CPU_NF4"
 GROUPED_WRAPPER: Final = "loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper"
 NATIVE_WRAPPER: Final = "loraplex_server.vllm_plugin.cpu.layers.ModuleLora"
 CORRECT_WRAPPERS: Final = frozenset({GROUPED_WRAPPER, NATIVE_WRAPPER})
@@ -42,24 +47,23 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the guard of grammars in this process; on CPU also our LoRA and plain ranking.
+    """Install the guard of grammars in this process; on CPU also our LoRA, plain ranking and NF4.
 
     Calling it again is harmless.
 
     Raises:
-        PluginHookError: ``LORAPLEX_CPU_LORA`` has an unknown value, or vLLM's hook is not where it was.
+        PluginHookError: a variable has an unknown value, or a hook is not where it was.
 
     """
-    choice = os.environ.get(CPU_LORA_ENV, "")
-    if choice not in ("", "native", "grouped", "stock"):
-        raise PluginHookError(
-            f"{CPU_LORA_ENV}={choice!r} is unknown: set it to 'native', 'grouped' or 'stock', or not at all"
-        )
+    choice = _choice(CPU_LORA_ENV, "", "native", "grouped", "stock")
+    nf4 = _choice(CPU_NF4_ENV, "native", "stock")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and nf4 == "native":
+        _install_nf4()
     if choice == "stock":
         return
     _guard_grammars()
-    from vllm.platforms import current_platform
-
     if current_platform.is_cpu():
         from loraplex_server.vllm_plugin.sampling import rank_uncompiled
 
@@ -67,6 +71,31 @@ def register() -> None:
         if choice != "grouped":
             install_native(type(current_platform), required=choice == "native")
         rank_uncompiled()
+
+
+def _choice(variable: str, default: str, *others: str) -> str:
+    """Read one of a few words from the environment; `default` holds where it is not set, and may be ""."""
+    chosen = os.environ.get(variable, default)
+    if chosen not in (default, *others):
+        allowed = " or ".join(map(repr, filter(None, (default, *others))))
+        raise PluginHookError(f"{variable}={chosen!r} is unknown: set it to {allowed}, or not at all")
+    return chosen
+
+
+def _install_nf4() -> None:
+    if find_spec("vllm_bnb_plugin") is None:
+        return  # then vLLM has no NF4 either
+    try:
+        from vllm_bnb_plugin.quantization.linear import BitsAndBytesLinearMethod
+
+        from loraplex_server.vllm_plugin.cpu.nf4_layers import install as install_nf4
+
+        install_nf4(BitsAndBytesLinearMethod)
+    except (ImportError, AttributeError) as error:
+        raise PluginHookError(
+            f"vLLM's bitsandbytes plugin is not where it was ({error}): use the version loraplex pins, or set "
+            f"{CPU_NF4_ENV}=stock"
+        ) from error
 
 
 def _guard_grammars() -> None:

@@ -29,8 +29,8 @@ from loraplex_registry.errors import (
 from loraplex_registry.refs import AdapterRef
 
 if TYPE_CHECKING:
+    from loraplex_server.adapters.versions import AdapterVersion, Versions
     from loraplex_server.config import Config
-    from loraplex_server.versions import AdapterVersion, Versions
 
 RESOLVER_ENV: Final = "LORAPLEX_RESOLVER"
 """Names the settings file; without it the resolver is not registered."""

@@ -8,9 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraplex_server.config import LimitSettings
 from loraplex_server.metrics import OUTCOMES, Gateway, Metrics, remembered
 from loraplex_server.metrics.gateway import WAITING_MAX
 from loraplex_server.metrics.page import ChangedRegistry
+from tests.server.campaigns.scrape import one_call, scraped
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, running, until
 
@@ -31,17 +33,6 @@ def samples(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
         for sample in family.samples:
             found[sample.name].append((sample.labels, sample.value))
     return found
-
-
-def one_call(metrics: Metrics, tenant: str, adapter: str, outcome: str = "completed") -> None:
-    metrics.request_started()
-    counted = metrics.call(tenant, adapter)
-    metrics.turn_given(tenant, 0.25)
-    counted.adapter_ready()
-    counted.prompt_seen(7)
-    counted.first_token(0.125, tokens=1, cached_tokens=5)
-    counted.more_tokens(0.5, 4)
-    metrics.request_ended(counted, tenant, outcome, 0.75)
 
 
 def test_every_family_adds_up_whatever_the_number_of_tenants_and_adapters() -> None:
@@ -77,15 +68,17 @@ def test_every_family_adds_up_whatever_the_number_of_tenants_and_adapters() -> N
 
 
 def test_the_page_is_as_long_for_ten_thousand_adapters_as_for_ten() -> None:
-    sizes = []
-    for adapters in (10, 10_000):
-        metrics = Metrics(tenants_max=8, adapters_max=8, registry=CollectorRegistry())
-        for number in range(adapters):
-            one_call(metrics, f"tenant{number % 10_000:05}", f"tenant{number:05}/adapter")
-        text = page(metrics)
-        sizes.append((len(text.splitlines()), len(text)))
-    assert sizes[0][0] == sizes[1][0]
-    assert sizes[1][1] <= sizes[0][1] * 1.05, "digits may grow, nothing else"
+    few, many = scraped(10), scraped(10_000)
+    assert few.series == many.series
+    assert many.size_bytes <= few.size_bytes * 1.05, "digits may grow, nothing else"
+    assert few.exact
+    assert many.exact
+
+
+def test_an_operator_may_have_more_labels() -> None:
+    default, more = scraped(30), scraped(30, LimitSettings(tenants_labelled_max=20, adapters_labelled_max=20))
+    assert more.series > 1.5 * default.series
+    assert more.exact
 
 
 def test_the_page_without_a_gateway_hides_the_unbounded_one_of_vllm() -> None:

@@ -14,12 +14,12 @@ from loraplex_client import (
 )
 from loraplex_registry.errors import StoreUnavailableError
 from loraplex_registry.refs import AdapterRef
+from loraplex_server.adapters.versions import AdapterVersion
 from loraplex_server.errors import NotFoundError
 from loraplex_server.identity.api_keys import make_key
 from loraplex_server.rollout.judge import Limits
 from loraplex_server.rollout.rollouts import Rollouts
 from loraplex_server.rollout.splits import Splits, Target
-from loraplex_server.versions import AdapterVersion
 from tests.server.conftest import Shop
 from tests.server.rig import FOUR, Rig, running
 

@@ -114,7 +114,8 @@ int lp_unbind(void* table, int slot) {
     return OK;
 }
 
-// Announce the slot of each row of the coming calls, negative for the base model; kind 0 tokens, 1 samples.
+// Announce the slot of each row of the coming calls, negative for the base model; kind 0 tokens, 1 samples,
+// 2 tokens but for those that the caller serves itself (lp_add_embedding takes all of kind 0).
 int lp_rows(void* table, int kind, const int32_t* slot_of_row, int64_t n_rows) {
     if (!table || kind < 0 || kind >= KINDS || n_rows < 0 || n_rows > ROWS_MAX) return BAD_ARGUMENT;
     if (n_rows && !slot_of_row) return BAD_ARGUMENT;

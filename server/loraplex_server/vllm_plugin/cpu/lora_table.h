@@ -32,7 +32,7 @@ constexpr int64_t FEATURES_MAX = int64_t(1) << 24;  // also the vocabulary of an
 constexpr int64_t ROWS_MAX = int64_t(1) << 24;
 constexpr int RANK_MAX = 4096;
 
-enum Kind : int { TOKENS = 0, SAMPLES = 1, KINDS = 2 };
+enum Kind : int { TOKENS = 0, SAMPLES = 1, REST = 2, KINDS = 3 };  // REST: tokens but for those served elsewhere
 
 // Where one slice of one adapter lies; rank 0: the adapter does not touch it.
 struct Weights {

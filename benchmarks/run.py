@@ -1,0 +1,77 @@
+"""Run the benchmarks one after the other, or those named, and write the table of all that are kept.
+
+    python -m benchmarks.run [NAME ...]
+
+Each is a process of its own with ``--save``. One that fails is named at the end, with exit status 1; the others run all
+the same, and its figures of an earlier run stay in the table. Writes `results/table.md` and `results/table.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+from benchmarks.report import RESULTS
+from benchmarks.table import as_markdown, load_results, make_rows
+
+BENCHMARKS = (
+    "registry_io",
+    "frontend",
+    "lora_overhead",
+    "working_set",
+    "swap_stall",
+    "peers",
+    "memory",
+)
+LIMIT_S = 3600  # of one benchmark
+TABLE_JSON = "table.json"
+
+
+def run(names: list[str]) -> list[str]:
+    """Run the benchmarks in turn, and return the names of those that failed."""
+    failed = []
+    for name in names:
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--save"]
+        try:
+            subprocess.run(command, check=True, timeout=LIMIT_S)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+    return failed
+
+
+def write_table() -> str:
+    """Write both forms of the table, and return the Markdown."""
+    results = load_results(RESULTS)
+    rows = [asdict(row) | {"met": row.met} for result in results for row in make_rows(result)]
+    origins = {
+        result["benchmark"]: {
+            key: result[key] for key in ("date", "commit", "machine", "versions", "settings")
+        }
+        for result in results
+    }
+    (RESULTS / TABLE_JSON).write_text(json.dumps({"rows": rows, "origins": origins}, indent=1) + "\n")
+    page = as_markdown(results)
+    (RESULTS / "table.md").write_text(page)
+    return page
+
+
+def main() -> None:
+    """Parse the command line, run, write."""
+    parser = argparse.ArgumentParser("benchmarks.run", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    names = parser.parse_args().names or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    failed = run(names)
+    print(write_table())
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

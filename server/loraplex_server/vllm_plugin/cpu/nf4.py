@@ -1,0 +1,210 @@
+"""Linear layers whose weights stay in NF4 (`nf4.cpp`), and the operator that torch may compile around.
+
+    packed = pack([Quantized(codes, absmax, (n, k), 64), ...])     # the projections of one layer, one below the other
+    y = torch.ops.loraplex.nf4_linear(x, packed.memory, bias, packed.out_features, packed.group)
+
+Weights are those of bitsandbytes (QLoRA, arXiv 2305.14314): code i of a block stands for bf16(TABLE[i] * absmax), to
+the bit. Blocks run over the flat weight, as it was quantized, whatever the width of its rows; bitsandbytes' own
+dequantization on CPU begins a new block with each row, and so gives wrong weights where rows are not whole blocks.
+Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once; it does not depend on the number of
+threads. The packed weight takes the memory of the original: half a byte per weight and one fp32 per block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from loraplex_server.vllm_plugin.cpu.build import library
+
+SOURCES: Final = (Path(__file__).with_name("nf4.cpp"),)
+GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
+TABLE: Final = torch.tensor(  # QLoRA, appendix E
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    dtype=torch.float32,
+)  # fmt: skip
+
+_TABLE_AT: Final = TABLE.data_ptr()
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "lp_nf4_supported": (_INT, ()),
+    "lp_nf4_bytes": (_LONG, (_LONG, _LONG, _LONG)),
+    "lp_nf4_pack": (_INT, (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG)),
+    "lp_nf4_linear": (
+        _INT,
+        (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG),
+    ),
+}
+_MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
+_OPERATORS: list[
+    torch.library.Library
+] = []  # kept for the life of the process: an operator goes with its library
+
+
+class NotNF4Error(ValueError):
+    """The weight is not one these kernels compute with; it can stay with bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One weight as bitsandbytes holds it."""
+
+    codes: torch.Tensor  # uint8, two codes a byte, the first in the high half, row behind row
+    absmax: torch.Tensor  # fp32, one per block
+    shape: tuple[int, int]  # outputs, inputs
+    block: int  # codes that share a scale
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in the kernels' order."""
+
+    memory: torch.Tensor  # uint8
+    out_features: int
+    in_features: int
+    group: int
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Build the kernels if need be, load them and make the operator.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+
+    """
+    loaded = ctypes.CDLL(str(library(SOURCES)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    _define()
+    return loaded
+
+
+def supported() -> bool:
+    """Whether this processor has AVX-512-BF16.
+
+    Raises:
+        BuildError: the kernels cannot be built, so it cannot be asked.
+
+    """
+    return bool(load().lp_nf4_supported())
+
+
+def group_of(in_features: int, block: int) -> int:
+    """Return how many neighbouring inputs surely share a scale.
+
+    Raises:
+        NotNF4Error: too few for these kernels.
+
+    """
+    group = min(math.gcd(in_features, block), GROUPS[0])
+    if group not in GROUPS:
+        raise NotNF4Error(f"{in_features} inputs in blocks of {block} share no scale for {GROUPS[-1]} inputs")
+    return group
+
+
+def pack(weights: Sequence[Quantized]) -> Packed:
+    """Return `weights`, which have the same inputs, as one weight with all their outputs.
+
+    Raises:
+        NotNF4Error: sizes or types that do not fit together, or inputs that cannot be grouped.
+
+    """
+    widths = {(one.shape[1], one.block) for one in weights}
+    if len(widths) != 1:
+        raise NotNF4Error(f"projections with different inputs and blocks cannot be packed: {sorted(widths)}")
+    in_features, block = widths.pop()
+    group = group_of(in_features, block)
+    out_features = sum(one.shape[0] for one in weights)
+    memory = torch.zeros(_packed_bytes(out_features, in_features, group), dtype=torch.uint8)
+    first = 0
+    for one in weights:
+        codes, absmax = _checked(one)
+        _check(
+            load().lp_nf4_pack(
+                memory.data_ptr(), first, codes.data_ptr(), absmax.data_ptr(), *one.shape, block, group
+            )
+        )
+        first += one.shape[0]
+    return Packed(memory, out_features, in_features, group)
+
+
+@cache
+def _packed_bytes(out_features: int, in_features: int, group: int) -> int:
+    return int(load().lp_nf4_bytes(out_features, in_features, group))
+
+
+def _checked(one: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    count = math.prod(one.shape)
+    blocks = -(count // -one.block)
+    if one.codes.dtype != torch.uint8 or one.codes.numel() * 2 != count:
+        raise NotNF4Error(f"{one.codes.numel()} codes of {one.codes.dtype} for a weight of {one.shape}")
+    if one.absmax.dtype != torch.float32 or one.absmax.numel() != blocks:
+        raise NotNF4Error(f"{one.absmax.numel()} scales of {one.absmax.dtype} for {blocks} blocks")
+    return one.codes.contiguous(), one.absmax.contiguous()
+
+
+def linear(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, group: int
+) -> torch.Tensor:
+    """Return x (..., in_features) times the packed weight, plus bias (out_features); all bf16.
+
+    Raises:
+        NotNF4Error: types or sizes that do not fit.
+
+    """
+    in_features = x.shape[-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
+        raise NotNF4Error(f"x and bias must be bf16, not {x.dtype}, {None if bias is None else bias.dtype}")
+    if bias is not None and (bias.shape != (out_features,) or bias.stride(0) != 1):
+        raise NotNF4Error(f"bias of {tuple(bias.shape)} for {out_features} outputs")
+    if memory.numel() != _packed_bytes(out_features, in_features, group):
+        raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
+    _check(
+        load().lp_nf4_linear(
+            y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
+            None if bias is None else bias.data_ptr(), _TABLE_AT, rows.shape[0], out_features, in_features, group,
+        )
+    )  # fmt: skip
+    return y
+
+
+def _like_linear(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, group: int
+) -> torch.Tensor:
+    """Say for tracing what comes out."""
+    del memory, bias, group
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _define() -> None:
+    if _OPERATORS:
+        return
+    operators = torch.library.Library("loraplex", "FRAGMENT")
+    operators.define(
+        "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group) -> Tensor"
+    )
+    operators.impl("nf4_linear", linear, "CPU")
+    torch.library.register_fake("loraplex::nf4_linear", _like_linear, lib=operators)
+    _OPERATORS.append(operators)
+
+
+def _check(error: int) -> None:
+    if error:
+        raise NotNF4Error(_MESSAGES.get(error, f"error {error}"))

@@ -1,0 +1,115 @@
+"""vLLM's bitsandbytes layers on CPU, computed by the kernels of `nf4`.
+
+vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf16 at every call. `install()` changes
+two methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
+kernels' order, in place of the original; and such a layer is applied by ``loraplex::nf4_linear``. Layers that the
+kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the plugin's own
+way, with a line in the log.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+import torch
+
+from loraplex_server.vllm_plugin.cpu import nf4
+from loraplex_server.vllm_plugin.cpu.build import BuildError
+
+PACKED: Final = "loraplex_nf4"
+"""The attribute of a layer with packed weights: (outputs, group)."""
+
+_APPLY_ARGUMENTS: Final = ["self", "layer", "x", "bias"]
+_log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
+
+
+def install(method: Any) -> None:
+    """Have the plugin's linear method pack weights after loading and compute with them. Again is harmless.
+
+    Raises:
+        AttributeError: the class has not the methods it had.
+
+    """
+    if hasattr(method, "loraplex_stock_apply"):
+        return
+    stock_apply, stock_process = method._apply_4bit_weight, method.process_weights_after_loading
+    taken = list(inspect.signature(stock_apply).parameters)
+    if taken != _APPLY_ARGUMENTS:
+        raise AttributeError(
+            f"{method.__name__}._apply_4bit_weight takes {taken}, expected {_APPLY_ARGUMENTS}"
+        )
+
+    def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
+        stock_process(self, layer)
+        if not self.quant_config.load_in_8bit and _usable():
+            _pack(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading
+    method._apply_4bit_weight = _apply_packed(stock_apply)
+    method.loraplex_stock_apply = stock_apply
+
+
+def _apply_packed(stock_apply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def apply(
+        self: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        packed = getattr(layer, PACKED, None)
+        if packed is None:
+            return stock_apply(self, layer, x, bias)
+        if x.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16):
+            y: torch.Tensor = torch.ops.loraplex.nf4_linear(x, layer.weight, bias, *packed)
+            return y
+        y = torch.ops.loraplex.nf4_linear(x.to(torch.bfloat16), layer.weight, None, *packed).to(x.dtype)
+        return y if bias is None else y + bias
+
+    return apply
+
+
+def _pack(layer: torch.nn.Module) -> None:
+    """Put the kernels' weight in place of the layer's own, if they know it."""
+    try:
+        packed = nf4.pack(_quantized(layer.weight))
+    except nf4.NotNF4Error as error:
+        _log.info("%s stays with bitsandbytes: %s", getattr(layer, "prefix", "a layer"), error)
+        return
+    layer.weight = torch.nn.Parameter(packed.memory, requires_grad=False)  # the original is let go
+    setattr(layer, PACKED, (packed.out_features, packed.group))
+
+
+def _quantized(weight: Any) -> list[nf4.Quantized]:
+    """Read what the plugin's loader notes at a weight: a state per projection, and where each one's codes begin.
+
+    Raises:
+        NotNF4Error: quantized in another way.
+        AttributeError: the loader notes something else.
+
+    """
+    states, offsets = weight.bnb_quant_state, weight.bnb_shard_offsets.tolist()
+    found = []
+    for number in range(len(states)):
+        state = states[number]
+        if state.quant_type != "nf4" or state.nested or not torch.equal(state.code.float(), nf4.TABLE):
+            raise nf4.NotNF4Error(f"quantized as {state.quant_type}, nested: {state.nested}")
+        codes = weight.data[offsets[number] : offsets[number + 1]].reshape(-1)
+        out_features, in_features = state.shape
+        found.append(nf4.Quantized(codes, state.absmax, (out_features, in_features), state.blocksize))
+    return found
+
+
+@cache
+def _usable() -> bool:
+    """Whether the kernels run here; says in the log what is used, once per process."""
+    try:
+        usable = nf4.supported()
+        reason = "this processor has no AVX-512-BF16"
+    except BuildError as error:
+        usable, reason = False, str(error)
+    if usable:
+        _log.info("The NF4 base runs on loraplex's kernels for AVX-512-BF16.")
+    else:
+        _log.warning("The NF4 base runs on bitsandbytes, several times slower: %s", reason)
+    return usable

@@ -1,0 +1,161 @@
+"""NF4 linear layers on CPU: the weights of bitsandbytes to the bit, products within their bound, and loud on misuse."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from loraplex_server.vllm_plugin.cpu import nf4
+from loraplex_server.vllm_plugin.cpu.nf4 import NotNF4Error, Packed, Quantized, linear, pack
+from tests.vllm_plugin.nf4_cases import random_weight, run_nf4_cases
+
+CASES = 300  # `make reliability K=kernels` runs 10,000
+
+pytestmark = pytest.mark.usefixtures("nf4_here")
+
+
+def quantized(outs: int, ins: int, *, seed: int = 0) -> Quantized:
+    return random_weight(np.random.default_rng(seed), outs, ins, 64)
+
+
+def apply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return linear(x, packed.memory, bias, packed.out_features, packed.group)
+
+
+def unpacked(packed: Packed) -> torch.Tensor:
+    """The weight as the kernels have it: an identity takes each value through unchanged."""
+    return apply(torch.eye(packed.in_features, dtype=torch.bfloat16), packed).t()
+
+
+def test_random_weights_and_rows_stay_within_the_error_bound():
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    assert run_nf4_cases(seed, CASES) <= 1
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (17, 896), (128, 4864)])
+def test_weights_are_those_of_bitsandbytes_to_the_bit(shape):
+    weight = torch.randn(shape).bfloat16()
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    theirs = dequantize_4bit(codes, state)
+    ours = unpacked(pack([Quantized(codes, state.absmax, shape, state.blocksize)]))
+    assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+
+
+def test_blocks_that_begin_within_a_row_have_their_own_scale():
+    weight = torch.randn(33, 688).bfloat16() * torch.logspace(-3, 3, 33)[:, None].bfloat16()
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    ours = unpacked(pack([Quantized(codes, state.absmax, (33, 688), state.blocksize)]))
+    scales = state.absmax.repeat_interleave(64)[: weight.numel()].view(33, 688)
+    widest = (nf4.TABLE[1:] - nf4.TABLE[:-1]).max() / 2
+    assert ((ours - weight).abs() <= scales * (widest + 0.01)).all()
+
+
+def test_packed_weights_take_the_memory_of_the_original():
+    one = quantized(4864, 896)
+    original = one.codes.numel() + 4 * one.absmax.numel()
+    assert original <= pack([one]).memory.numel() <= original + 64
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    packed, threads = pack([quantized(2048, 896)]), torch.get_num_threads()
+    for n_rows in (1, 16, 50):
+        x = torch.randn(n_rows, 896).bfloat16()
+        try:
+            results = [(torch.set_num_threads(n), apply(x, packed))[1] for n in (1, 2, 3)]
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("n_rows", [5, 40])
+def test_what_is_not_finite_stays_in_its_row(n_rows):
+    x = torch.randn(n_rows, 128).bfloat16()
+    expected = apply(x, packed := pack([quantized(70, 128)]))
+    x[1, 3], x[2, 7] = torch.inf, torch.nan
+    y = apply(x, packed)
+    others = [row for row in range(n_rows) if row not in (1, 2)]
+    assert torch.equal(y[others], expected[others])
+    assert y[2].isnan().all()
+    assert not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("n_rows", [3, 20])
+def test_nothing_beside_the_result_is_written(n_rows):
+    packed = pack([quantized(45, 64)])
+    x = torch.randn(n_rows, 64).bfloat16()
+    around = torch.full((n_rows + 2, 45 + 9), 7.0).bfloat16()
+    status = nf4.load().lp_nf4_linear(
+        around[1:, 4:].data_ptr(), around.stride(0), x.data_ptr(), 64, packed.memory.data_ptr(), None,
+        nf4.TABLE.data_ptr(), n_rows, 45, 64, packed.group,
+    )  # fmt: skip
+    assert status == 0
+    assert torch.equal(around[1:-1, 4:49], apply(x, packed))
+    around[1:-1, 4:49] = 7.0
+    assert (around == 7).all()
+
+
+def test_shapes_of_any_dimension_and_no_rows_at_all():
+    packed = pack([quantized(40, 64)])
+    x = torch.randn(2, 3, 64).bfloat16()
+    assert torch.equal(apply(x, packed), apply(x.view(6, 64), packed).view(2, 3, 40))
+    assert apply(x[:0], packed).shape == (0, 3, 40)
+    across = torch.randn(64, 5).bfloat16().t()
+    assert torch.equal(apply(across, packed), apply(across.contiguous(), packed))
+
+
+def test_misuse_is_refused_before_memory_is_touched():
+    packed = pack([quantized(40, 64)])
+    x, bias = torch.zeros(2, 64).bfloat16(), torch.zeros(40).bfloat16()
+    for wrong_x, wrong_bias in [
+        (x.float(), bias),
+        (x, bias.float()),
+        (x, bias[:-1]),
+        (torch.zeros(2, 128).bfloat16(), bias),
+    ]:
+        with pytest.raises(NotNF4Error):
+            apply(wrong_x, packed, wrong_bias)
+    for wrong in [replace(packed, out_features=80), replace(packed, group=32), replace(packed, group=0)]:
+        with pytest.raises(NotNF4Error):
+            apply(x, wrong)
+
+
+def test_weights_the_kernels_do_not_know_are_refused():
+    one = quantized(40, 64)
+    for wrong in [
+        [replace(one, codes=one.codes[:-1])],
+        [replace(one, absmax=one.absmax[:-1])],
+        [replace(one, absmax=one.absmax.half())],
+        [replace(one, codes=one.codes.view(torch.int8))],
+        [one, quantized(40, 128)],
+        [Quantized(one.codes, one.absmax, (64, 40), 64)],  # gcd(40, 64) is 8
+    ]:
+        with pytest.raises(NotNF4Error):
+            pack(wrong)
+
+
+def test_the_operator_is_what_torch_expects_of_one():
+    packed = pack([quantized(40, 64)])
+    for x in (torch.randn(3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()):
+        torch.library.opcheck(
+            torch.ops.loraplex.nf4_linear.default, (x, packed.memory, None, packed.out_features, packed.group)
+        )
+
+
+def test_a_compiled_graph_keeps_the_operator():
+    packed = pack([quantized(40, 64)])
+    bias = torch.randn(40).bfloat16()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.loraplex.nf4_linear(x, packed.memory, bias, packed.out_features, packed.group).relu()
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n_rows in (2, 5, 33):
+        x = torch.randn(n_rows, 64).bfloat16()
+        assert torch.equal(compiled(x), layer(x))
