@@ -246,7 +246,7 @@ async def test_where_a_thread_may_not_hurry_another_one_does(
         await until(lambda: rig.blocks.read == ["slow", "slow"])
         rig.blocks.may_go_on.set()
         assert await slow == 4
-        assert rig.blocks.nice == [staging.NICE, _nice(), _nice()]
+        assert rig.blocks.nice[:2] == [staging.NICE, _nice()]  # where the two began
         assert await rig.client.stage(2, rig.adapter("next")) == 4
 
 

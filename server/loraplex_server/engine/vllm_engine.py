@@ -296,7 +296,7 @@ class VllmEngine:
         Raises:
             AdapterNotReadyError: that is why.
         """
-        if adapter is not None and adapter.slot_id not in await self.loaded():
+        if adapter is not None and self.keeps_bytes and adapter.slot_id not in await self.loaded():
             raise AdapterNotReadyError(f"the engine has lost {adapter.name}; ask again", retry_after_s=1.0)
 
     async def embed(self, request: EngineEmbedRequest) -> EngineEmbedding:

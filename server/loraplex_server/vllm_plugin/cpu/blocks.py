@@ -1,7 +1,7 @@
 """An adapter as one block of memory: read, checked, cast, scaled and packed, once, away from the engine's step.
 
 Promises: a block holds an adapter's A and B for every wrapped module, each at its own rank, in the form the kernels
-read (`kernels`), in one read-only region of memory that goes with its last reference; what an adapter does not touch
+read (`kernels`), in one region of memory that goes with its last reference; what an adapter does not touch
 takes no memory. A weight that no wrapped module takes, or of another shape than its module's, refuses the adapter.
 
 For whoever builds blocks ahead of the engine (any thread; nothing here writes to what vLLM shares):
@@ -17,7 +17,6 @@ yield. A request that the engine has taken in holds its block until it ends, wha
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import torch
 
 from loraplex_server.vllm_plugin.cpu.choice import kernel_library
 from loraplex_server.vllm_plugin.cpu.kernels import Binding, Geometry, Piece, pack_b, packed_b_bytes
+from loraplex_server.vllm_plugin.cpu.regions import REGIONS
 
 ALIGN: Final = 64  # bytes: a cache line, and the width of an AVX-512 register
 # Values cast at once: below torch's threshold for parallel work, so that a background thread never wakes a second
@@ -108,7 +108,7 @@ def build(
     places, size = _lay_out(layers, weights, dtype)
     if not places:
         return EMPTY
-    memory = _region(size)
+    memory = REGIONS.take(size)
     pieces = []
     for place in places:
         a = memory[place.a_offset :][: place.low.a.numel() * dtype.itemsize].view(dtype)
@@ -258,14 +258,6 @@ STAGED: Final = Staged()
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
-
-
-def _region(size: int) -> torch.Tensor:
-    """Return memory as bytes that goes back to the system as soon as the last tensor over it is gone."""
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(region, dtype=torch.uint8)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
