@@ -80,10 +80,12 @@ class Adapter:
 class World:
     """A table and what should be in its slots; every `check_*` is one case. The last module is an embedding."""
 
-    def __init__(self, rng: np.random.Generator, loaded: ctypes.CDLL, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rng: np.random.Generator, loaded: ctypes.CDLL, dtype: torch.dtype, many_from: int | None = None
+    ) -> None:
         self.rng, self.loaded, self.dtype = rng, loaded, dtype
         self.modules = [self._geometry() for _ in range(int(rng.integers(1, 4)))] + [self._geometry()]
-        self.table = Table(loaded, self.modules, SLOTS, dtype)
+        self.table = Table(loaded, self.modules, SLOTS, dtype, many_from)
         self.slots: dict[int, Adapter] = {}
         for slot in range(SLOTS - 1):
             self.bind(slot)

@@ -41,6 +41,17 @@ def test_random_batches_stay_within_the_error_bound(loaded, dtype, name):
     assert run_cases(loaded, dtype, name, seed, CASES) <= 1
 
 
+def test_groups_of_many_rows_by_torchs_products_stay_within_the_bound_too(loaded):
+    """The way of processors with AMX, forced here; groups below the limit still go through the kernels."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    world = World(rng, loaded, torch.bfloat16, many_from=3)
+    for _ in range(60):
+        assert world.check() <= 1
+        world.churn()
+
+
 def single(loaded, dtype=torch.bfloat16, *, features=40, out=70, rank=3, slots=2):
     """A table of one module with the adapter of slot 0 bound; returns it with A and B."""
     torch.manual_seed(features)

@@ -1,10 +1,10 @@
 """Compile C++ at first use with the machine's own compiler, once per user and machine.
 
 `library(sources)` returns the path of a shared object, built if it is not in the cache yet. The cache is a directory
-of the user's own (mode 0700): ``$LORAPLEX_CACHE``, else ``$XDG_CACHE_HOME/loraplex``, else ``~/.cache/loraplex``. A
-file is named by the SHA-256 of its sources, flags, OpenMP runtime and compiler, written under another name and
-renamed, so any number of processes may build at once and none sees half a file; nothing in it is ever changed. Where
-there is no compiler, an object of the same sources that lies there already is taken: an image can bring one.
+of the user's own (mode 0700): ``$LORAPLEX_KERNEL_CACHE``, else ``loraplex/kernels`` in ``$XDG_CACHE_HOME`` or
+``~/.cache``. A file is named by the SHA-256 of its sources, flags, OpenMP runtime and compiler, written under another
+name and renamed, so any number of processes may build at once and none sees half a file; nothing in it is ever changed.
+Where there is no compiler, an object of the same sources that lies there already is taken: an image can bring one.
 
 The object is linked against the OpenMP runtime that torch has loaded already: a second runtime in one process would
 start a second set of threads. Instruction sets are chosen at run time in the sources, not by flags here, so that a
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-CACHE_ENV: Final = "LORAPLEX_CACHE"
+CACHE_ENV: Final = "LORAPLEX_KERNEL_CACHE"
 COMPILERS: Final = ("g++", "clang++", "c++")
 COMPILE_TIMEOUT_S: Final = 300.0
 MESSAGE_CHARACTERS_MAX: Final = 600  # of a compiler's complaint, in our error
@@ -120,7 +120,7 @@ def cache_directory() -> Path:
 
     """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    directory = Path(os.environ.get(CACHE_ENV) or f"{base}/loraplex")
+    directory = Path(os.environ.get(CACHE_ENV) or f"{base}/loraplex/kernels")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -27,12 +27,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loraplex_server.vllm_plugin.cpu import many_rows
 from loraplex_server.vllm_plugin.cpu.build import library
 
 TOKENS: Final = 0  # rows are the tokens of the step
 SAMPLES: Final = 1  # rows are the positions whose logits are computed
+_REST: Final = 2  # tokens but for those of groups that `many_rows` serves
 TYPES: Final = {torch.bfloat16: 0, torch.float32: 1}
-SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("lora.cpp", "lora_kernels.inc"))
+SOURCES: Final = tuple(
+    Path(__file__).with_name(name)
+    for name in ("lora.cpp", "lora_plan.h", "lora_table.h", "lora_isa.h", "lora_kernels.inc")
+)
 
 _MESSAGES: Final = {
     -1: "a null pointer, a size that cannot be, or geometry changed while adapters are bound",
@@ -146,8 +151,27 @@ class Table:
     """Slots of adapters for the modules of one model. See the module's promise."""
 
     def __init__(
-        self, loaded: ctypes.CDLL, modules: Sequence[Geometry], n_slots: int, dtype: torch.dtype
+        self,
+        loaded: ctypes.CDLL,
+        modules: Sequence[Geometry],
+        n_slots: int,
+        dtype: torch.dtype,
+        many_from: int | None = None,
     ) -> None:
+        """Make a table with empty slots.
+
+        Args:
+            loaded: the kernels.
+            modules: the wrapped modules; their place is their number.
+            n_slots: how many adapters one batch may have.
+            dtype: of weights and activations.
+            many_from: rows of one adapter from which torch's products serve them (`many_rows`); 0 for never, None
+                for what suits this processor.
+
+        Raises:
+            KernelError: a type without kernels, sizes out of range.
+
+        """
         if dtype not in TYPES:
             raise KernelError(f"weights of {dtype} have no kernels")
         self.modules = tuple(modules)
@@ -159,6 +183,9 @@ class Table:
         if not self._table:
             raise KernelError(f"no table for {len(self.modules)} modules and {n_slots} slots")
         self._bound: dict[int, Binding] = {}
+        self._many_from = many_rows.MANY_ROWS * many_rows.useful(dtype) if many_from is None else many_from
+        self._many: list[many_rows.Group] = []
+        self._n_tokens = 0
         self.idle = [True, True]  # per kind: no row wants an adapter
         for number, module in enumerate(self.modules):
             self._describe(number, module)
@@ -205,6 +232,10 @@ class Table:
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         self.idle[kind] = True
         _check(self._library.lp_rows(self._table, kind, slots.ctypes.data, len(slots)))
+        if kind == TOKENS and self._many_from:
+            self._n_tokens = len(slots)
+            rest, self._many = many_rows.split(slots, self._many_from)
+            _check(self._library.lp_rows(self._table, _REST, rest.ctypes.data, len(rest)))
         self.idle[kind] = not bool((slots >= 0).any())
 
     def add(self, module: int, kind: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -225,21 +256,45 @@ class Table:
             raise KernelError(
                 f"module {module}: x {tuple(x.shape)}, y {tuple(y.shape)} do not fit {geometry}"
             )
-        if x.dtype != self.dtype or y.dtype != self.dtype or x.stride(1) != 1 or y.stride(1) != 1:
+        (y_stride, y_unit), (x_stride, x_unit) = y.stride(), x.stride()
+        if x.dtype != self.dtype or y.dtype != self.dtype or x_unit != 1 or y_unit != 1:
             raise KernelError(f"module {module}: x and y must be {self.dtype} with unit stride along a row")
+        if self._many and kind == TOKENS:
+            self._add_many(module, y, x)
+            kind = _REST
         error = self._library.lp_add(
             self._table,
             module,
             kind,
             y.data_ptr(),
-            y.stride(0),
+            y_stride,
             x.data_ptr(),
-            x.stride(0),
+            x_stride,
             n_rows,
             self._type,
         )
         if error:
             _check(error)
+
+    def _add_many(self, module: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Serve the groups of many rows by torch's products."""
+        if len(y) < self._n_tokens or any(slot not in self._bound for slot, _ in self._many):
+            _check(-5 if len(y) < self._n_tokens else -4)
+        geometry = self.modules[module]
+        for slot, rows in self._many:
+            bound = self._bound[slot]
+            for place in np.flatnonzero((bound.module == module) & (bound.rank > 0)):
+                part, rank = int(bound.slice[place]), int(bound.rank[place])
+                out, column = geometry.out_features[part], geometry.columns[part]
+                a = many_rows.at(int(bound.a[place]), rank * geometry.in_features, self.dtype)
+                b = many_rows.at(int(bound.b[place]), (rank + rank % 2) * out, self.dtype)
+                many_rows.add(
+                    y[:, column : column + out],
+                    x,
+                    rows,
+                    a.view(rank, geometry.in_features),
+                    many_rows.unpacked_b(b, out, rank),
+                )
 
     def add_embedding(self, module: int, y: torch.Tensor, ids: torch.Tensor) -> None:
         """Add each row's update to the embeddings `y` (rows, at least the width) of `ids` (rows,), int64.

@@ -1,0 +1,142 @@
+// One call: what is to be done for a module and the rows of the step, cut into units, and the threads that do them.
+
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include "lora_table.h"
+
+namespace {
+
+// Costs of a call, by measurement on one machine (Zen 4); they decide how it is shared among threads, no more.
+constexpr double READ_NS = 0.08;    // a byte of weights from memory, one thread
+constexpr double ROW_NS = 0.006;    // the same byte multiplied with one row
+constexpr double UNIT_NS = 4000;    // what a thread takes at a time
+constexpr double WAKE_NS = 12000;   // work that makes waking a thread worth while
+constexpr int64_t UNIT_ROWS = 64;   // rows a thread takes at a time, at most
+constexpr int64_t UNIT_RANKS = 8;   // ranks it takes at least, so that words of t have one writer
+constexpr int64_t YIELD_TURNS = 4096;
+
+struct Call {
+    char* y;
+    int64_t y_stride;
+    const char* x;
+    int64_t x_stride;
+    int64_t in_features;
+};
+
+// The pieces of a call, with room for t. Rows are checked here, once per call.
+int collect(Table& table, Module& module, int kind, int64_t n_rows) {
+    const Rows& rows = table.rows[kind];
+    table.pieces.clear();
+    const bool resized = kind == SAMPLES && n_rows != rows.n && rows.uniform;
+    if (resized)
+        for (int64_t i = int64_t(table.counting.size()); i < n_rows; i++) table.counting.push_back(int32_t(i));
+    int64_t bytes = 0;
+    for (const Group& group : rows.groups) {
+        if (!table.bound[size_t(group.slot)]) return UNBOUND;
+        for (size_t s = 0; s < module.slices.size(); s++) {
+            const Weights& weights = module.weights[size_t(group.slot) * module.slices.size() + s];
+            if (!weights.rank) continue;
+            if (!resized && (n_rows < rows.n || (kind == SAMPLES && n_rows > rows.n))) return WRONG_ROWS;
+            const int64_t count = resized ? n_rows : group.count;
+            const int32_t* first = resized ? table.counting.data() : rows.order.data() + group.first;
+            const int64_t stride = words_of(weights.rank, table.type) * 4;
+            table.pieces.push_back({&weights, &module.slices[s], first, count, nullptr, stride});
+            bytes += rounded_up(count * stride, 64);
+        }
+    }
+    if (int64_t(table.t.size()) < bytes) table.t.resize(size_t(bytes));
+    char* at = table.t.data();
+    for (Piece& piece : table.pieces) {
+        piece.t = at;
+        at += rounded_up(piece.n_rows * piece.t_stride, 64);
+    }
+    return OK;
+}
+
+// What one byte of weights costs: it is read from memory once, and multiplied with every row of its group.
+double cost_ns(int64_t bytes, int64_t n_rows) { return double(bytes) * (READ_NS + ROW_NS * double(n_rows)); }
+
+// How many pieces of `step` to cut `n` into so that each costs about UNIT_NS.
+int64_t chunk(int64_t n, int64_t step, double cost) {
+    const int64_t parts = larger(1, int64_t(cost / UNIT_NS + 0.5));
+    return rounded_up(larger(1, (n + parts - 1) / parts), step);
+}
+
+// Cut the pieces of a call into units that threads claim one by one; returns the cost of all.
+double plan(Table& table, const Module& module) {
+    double total = 0;
+    table.units.clear();
+    for (const Piece& piece : table.pieces) {
+        const int64_t rank = piece.weights->rank, bytes = rank * module.in_features * size_of(table.type);
+        const double cost = cost_ns(bytes, smaller(piece.n_rows, UNIT_ROWS));
+        const int64_t ranks = chunk(rank, UNIT_RANKS, cost);
+        for (int64_t row = 0; row < piece.n_rows; row += UNIT_ROWS)
+            for (int64_t r = 0; r < rank; r += ranks)
+                table.units.push_back({&piece, row, smaller(row + UNIT_ROWS, piece.n_rows), r, smaller(r + ranks, rank)});
+        total += cost_ns(bytes, piece.n_rows);
+    }
+    table.n_shrink = int64_t(table.units.size());
+    for (const Piece& piece : table.pieces) {
+        const int64_t out = piece.slice->out_features, bytes = words_of(piece.weights->rank, table.type) * out * 4;
+        const double cost = cost_ns(bytes, smaller(piece.n_rows, UNIT_ROWS));
+        const int64_t columns = chunk(out, TILE, cost);
+        for (int64_t row = 0; row < piece.n_rows; row += UNIT_ROWS)
+            for (int64_t c = 0; c < out; c += columns)
+                table.units.push_back({&piece, row, smaller(row + UNIT_ROWS, piece.n_rows), c, smaller(c + columns, out)});
+        total += cost_ns(bytes, piece.n_rows);
+    }
+    return total;
+}
+
+void shrink_unit(const Table& table, const Call& call, const Unit& unit) {
+    const Piece& piece = *unit.piece;
+    const int64_t rank = piece.weights->rank;
+    if (table.type == BF16 && rank % 2 && unit.to == rank)  // the second half of the last word
+        for (int64_t i = unit.row_from; i < unit.row_to; i++) memset(piece.t + i * piece.t_stride + rank * 2, 0, 2);
+    table.isa.kernels->shrink[table.type]({call.x, call.x_stride, piece.rows, piece.weights->a, call.in_features,
+                                           piece.t, piece.t_stride, unit.row_from, unit.row_to, unit.from, unit.to});
+}
+
+void expand_unit(const Table& table, const Call& call, const Unit& unit) {
+    const Piece& piece = *unit.piece;
+    table.isa.kernels->expand[table.type](
+        {call.y + piece.slice->column * size_of(table.type), call.y_stride, piece.rows, piece.weights->b, piece.t,
+         piece.t_stride, words_of(piece.weights->rank, table.type), unit.row_from, unit.row_to, unit.from, unit.to});
+}
+
+void pause(int64_t turn) {
+    if (turn % YIELD_TURNS == YIELD_TURNS - 1) sched_yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+}
+
+// One thread's part of a call: units until there are none, with all of the first phase done before the second.
+void work(Table& table, const Call& call) {
+    const int64_t n = int64_t(table.units.size()), n_shrink = table.n_shrink;
+    Counters& counters = *table.counters;
+    for (int64_t i; (i = counters.shrink.fetch_add(1, std::memory_order_relaxed)) < n_shrink;) {
+        shrink_unit(table, call, table.units[size_t(i)]);
+        counters.shrunk.fetch_add(1, std::memory_order_release);
+    }
+    for (int64_t turn = 0; counters.shrunk.load(std::memory_order_acquire) < n_shrink; turn++) pause(turn);
+    for (int64_t i; (i = n_shrink + counters.expand.fetch_add(1, std::memory_order_relaxed)) < n;)
+        expand_unit(table, call, table.units[size_t(i)]);
+}
+
+// Waking a sleeping thread takes about WAKE_NS, so a call gets as many threads as it can keep busy for longer.
+void run(Table& table, const Call& call, double cost) {
+    const int threads = int(larger(1, smaller(omp_get_max_threads(), int64_t(cost / WAKE_NS))));
+    Counters& counters = *table.counters;
+    counters.shrink = counters.shrunk = counters.expand = 0;
+    if (threads == 1) return work(table, call);
+#pragma omp parallel num_threads(threads)
+    {
+        work(table, call);
+    }
+}
+
+}  // namespace
