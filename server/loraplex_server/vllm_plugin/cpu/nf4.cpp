@@ -238,14 +238,33 @@ ISA bool few_rows(const Linear& l, const Rows& rows) {
   return done;
 }
 
-// Two panels for many rows: weights are unpacked in parts that stay in the cache, each used for all rows.
-ISA void run_double(const Linear& l, int64_t number, const uint32_t* x, int64_t rows, uint16_t* w, float* sums) {
+// Unpack a part of two panels: w[pair * 64 + 2 * output] for the pairs of inputs of groups g..g+count-1.
+ISA void unpack_double(const Linear& l, int64_t number, int64_t g, int64_t count, uint16_t* w) {
   const __m512 code = _mm512_loadu_ps(l.code);
+  const int64_t skip = g * group_bytes(l.group);
+  unpack(l.panel(2 * number) + skip, count, l.group, w, code);
+  unpack(l.panel(2 * number + 1) + skip, count, l.group, w + 32, code);
+}
+
+// The same for all inputs, the first `outputs` outputs, as (outputs, k).
+bool write_double(const Linear& l, int64_t number, int64_t outputs, uint16_t* dst) {
+  uint16_t* w = static_cast<uint16_t*>(w_scratch.of(kUnpacked));
+  const int64_t groups = l.k / l.group, part = kUnpacked / (64 * l.group);
+  for (int64_t g = 0; w && g < groups; g += part) {
+    const int64_t now = std::min(part, groups - g), pairs = now * l.group / 2;
+    unpack_double(l, number, g, now, w);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t p = 0; p < pairs; ++p) std::memcpy(dst + o * l.k + g * l.group + 2 * p, w + p * 64 + 2 * o, 4);
+  }
+  return w;
+}
+
+// Two panels for many rows: weights are unpacked in parts that stay in the cache, each used for all rows.
+void run_double(const Linear& l, int64_t number, const uint32_t* x, int64_t rows, uint16_t* w, float* sums) {
   const int64_t groups = l.k / l.group, pairs = l.group / 2, tiles = tiles_of(rows), part = kUnpacked / (64 * l.group);
   for (int64_t g = 0; g < groups; g += part) {
-    const int64_t now = std::min(part, groups - g), skip = g * group_bytes(l.group);
-    unpack(l.panel(2 * number) + skip, now, l.group, w, code);
-    unpack(l.panel(2 * number + 1) + skip, now, l.group, w + 32, code);
+    const int64_t now = std::min(part, groups - g);
+    unpack_double(l, number, g, now, w);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t from = tile_start(rows, tiles, t), high = tile_start(rows, tiles, t + 1) - from;
       kTiles[high](x + from * (l.k / 2) + g * pairs * high, w, now * pairs, sums + from * 32, g == 0);
@@ -329,6 +348,21 @@ int lp_nf4_pack(uint8_t* dst, int64_t first, const uint8_t* src, const float* ab
     }
   }
   return 0;
+}
+
+// Write outputs first..first+count-1 of a packed weight as bf16, row behind row; first is a multiple of 32.
+int lp_nf4_unpack(uint16_t* dst, const uint8_t* packed, const float* code, int64_t first, int64_t count, int64_t n,
+                  int64_t k, int64_t group) {
+  if (!dst || !packed || !code || !fits(n, k, group) || first < 0 || first % 32 || count < 1 || first + count > n)
+    return kBadArgument;
+  const Linear linear{packed, nullptr, code, n, k, group};
+  std::atomic<bool> done{true};
+#pragma omp parallel for schedule(static)
+  for (int64_t number = first / 32; number <= (first + count - 1) / 32; ++number) {
+    const int64_t outputs = std::min<int64_t>(32, first + count - number * 32);
+    if (!write_double(linear, number, outputs, dst + (number * 32 - first) * k)) done = false;
+  }
+  return done ? 0 : kNoMemory;
 }
 
 // y (rows, n) = x (rows, k) times the packed weight (n, k) transposed, plus bias (n) where there is one; all bf16 with
