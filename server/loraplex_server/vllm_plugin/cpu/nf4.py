@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,7 @@ import torch
 from loraplex_server.vllm_plugin.cpu import many_rows
 from loraplex_server.vllm_plugin.cpu.build import library
 
-SOURCES: Final = (Path(__file__).with_name("nf4.cpp"),)
+SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h"))
 GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
 STRIP_BYTES: Final = (
     1 << 22
@@ -108,7 +109,7 @@ def supported() -> bool:
         BuildError: the kernels cannot be built, so it cannot be asked.
 
     """
-    return bool(load().lp_nf4_supported())
+    return platform.machine() == "x86_64" and bool(load().lp_nf4_supported())
 
 
 def group_of(in_features: int, block: int) -> int:
