@@ -38,6 +38,16 @@ def test_random_weights_and_rows_stay_within_the_error_bound():
     assert run_nf4_cases(seed, CASES) <= 1
 
 
+def test_many_rows_by_torch_stay_within_the_error_bound(monkeypatch):
+    """The way of processors with AMX, on this one; strips end within the weight."""
+    monkeypatch.setattr(nf4, "_amx", lambda: True)
+    monkeypatch.setattr("loraplex_server.vllm_plugin.cpu.many_rows.MANY_ROWS", 5)
+    monkeypatch.setattr(nf4, "STRIP_BYTES", 32 * 2 * 300)
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    assert run_nf4_cases(seed, CASES // 3) <= 1
+
+
 @pytest.mark.parametrize("shape", [(96, 128), (17, 896), (128, 4864)])
 def test_weights_are_those_of_bitsandbytes_to_the_bit(shape):
     weight = torch.randn(shape).bfloat16()

@@ -8,12 +8,16 @@ the bit. Blocks run over the flat weight, as it was quantized, whatever the widt
 dequantization on CPU begins a new block with each row, and so gives wrong weights where rows are not whole blocks.
 Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once; it does not depend on the number of
 threads. The packed weight takes the memory of the original: half a byte per weight and one fp32 per block.
+
+With AMX (not measured on any so far) many rows go through torch's products, a strip of the weight at a time, for the
+reason that `many_rows` gives.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +26,15 @@ from typing import Any, Final
 
 import torch
 
+from loraplex_server.vllm_plugin.cpu import many_rows
 from loraplex_server.vllm_plugin.cpu.build import library
 
-SOURCES: Final = (Path(__file__).with_name("nf4.cpp"),)
+SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h"))
 GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
+STRIP_BYTES: Final = (
+    1 << 22
+)  # of the weight, in bf16, for torch's products: within the caches of a large processor
+OUTPUTS_AT_ONCE: Final = 32  # a strip begins at a multiple of it
 TABLE: Final = torch.tensor(  # QLoRA, appendix E
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -41,6 +50,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lp_nf4_supported": (_INT, ()),
     "lp_nf4_bytes": (_LONG, (_LONG, _LONG, _LONG)),
     "lp_nf4_pack": (_INT, (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG)),
+    "lp_nf4_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG)),
     "lp_nf4_linear": (
         _INT,
         (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG),
@@ -99,7 +109,7 @@ def supported() -> bool:
         BuildError: the kernels cannot be built, so it cannot be asked.
 
     """
-    return bool(load().lp_nf4_supported())
+    return platform.machine() == "x86_64" and bool(load().lp_nf4_supported())
 
 
 def group_of(in_features: int, block: int) -> int:
@@ -176,6 +186,9 @@ def linear(
     if memory.numel() != _packed_bytes(out_features, in_features, group):
         raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
+    if rows.shape[0] >= many_rows.MANY_ROWS and _amx():
+        _linear_by_torch(y.view(-1, out_features), rows, memory, bias, group)
+        return y
     _check(
         load().lp_nf4_linear(
             y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
@@ -183,6 +196,36 @@ def linear(
         )
     )  # fmt: skip
     return y
+
+
+def _linear_by_torch(
+    y: torch.Tensor, rows: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, group: int
+) -> None:
+    """Do the same by torch's products, unpacking a strip of the weight at a time."""
+    (_, in_features), (_, out_features) = rows.shape, y.shape
+    strip = max(STRIP_BYTES // (2 * in_features * OUTPUTS_AT_ONCE), 1) * OUTPUTS_AT_ONCE
+    weight = torch.empty(min(strip, out_features), in_features, dtype=torch.bfloat16)
+    for first in range(0, out_features, strip):
+        outs = slice(first, min(first + strip, out_features))
+        count = outs.stop - first
+        _check(
+            load().lp_nf4_unpack(
+                weight.data_ptr(),
+                memory.data_ptr(),
+                _TABLE_AT,
+                first,
+                count,
+                out_features,
+                in_features,
+                group,
+            )
+        )
+        y[:, outs] = torch.nn.functional.linear(rows, weight[:count], None if bias is None else bias[outs])
+
+
+@cache
+def _amx() -> bool:
+    return many_rows.useful(torch.bfloat16)
 
 
 def _like_linear(
