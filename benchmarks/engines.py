@@ -44,7 +44,7 @@ class EngineSpec:
 
     base: str
     adapters: tuple[str, ...] = ()  # directories, all loaded at start
-    wrapper: str = "grouped"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
+    wrapper: str = "native"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
     nf4: str = "native"  # LORAPLEX_CPU_NF4, where the base is quantized: "native" or "stock"
@@ -127,6 +127,18 @@ class Child:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+class Engine(Child):
+    """A child process with one engine."""
+
+    def __init__(self, spec: EngineSpec, *, threads: int) -> None:
+        environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
+        if spec.trace_directory:
+            environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
+        if not torch.cuda.is_available():
+            environment |= _cpu_environment(spec, threads)
+        super().__init__([sys.executable, "-m", "benchmarks.engines", json.dumps(asdict(spec))], environment)
 
 
 def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
