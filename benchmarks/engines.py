@@ -129,18 +129,6 @@ class Child:
             return
 
 
-class Engine(Child):
-    """A child process with one engine."""
-
-    def __init__(self, spec: EngineSpec, *, threads: int) -> None:
-        environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
-        if spec.trace_directory:
-            environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
-        if not torch.cuda.is_available():
-            environment |= _cpu_environment(spec, threads)
-        super().__init__([sys.executable, "-m", "benchmarks.engines", json.dumps(asdict(spec))], environment)
-
-
 def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
