@@ -8,7 +8,7 @@
 
 // torch's OpenMP runtime, called by the C interface that GNU's, LLVM's and Intel's all have: so any compiler will do, and
 // none brings in a runtime of its own.
-extern "C" int omp_get_max_threads(void);
+extern "C" int omp_get_max_threads(void) noexcept;
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace {
