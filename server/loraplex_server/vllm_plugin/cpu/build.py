@@ -30,7 +30,7 @@ COMPILE_TIMEOUT_S: Final = 300.0
 MESSAGE_CHARACTERS_MAX: Final = 600  # of a compiler's complaint, in our error
 # No trapping and no errno: then the loops become vectors. Sums keep their order otherwise (no -ffast-math).
 FLAGS: Final = (
-    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno",
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes",
 )  # fmt: skip
 
@@ -147,8 +147,12 @@ def _digest_of_sources(sources: Sequence[Path], runtime: Path) -> str:
 
 
 def _digest_of_compiler(compiler: tuple[str, ...]) -> str:
-    version = _run([*compiler, "--version"]).splitlines()[:1]
-    return hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr((compiler, _version(compiler))).encode()).hexdigest()[:8]
+
+
+def _version(compiler: tuple[str, ...]) -> str:
+    """Return the first line that the compiler says of itself."""
+    return next(iter(_run([*compiler, "--version"]).splitlines()), "")
 
 
 def _compile(compiler: tuple[str, ...], sources: Sequence[Path], runtime: Path, target: Path) -> None:
@@ -156,8 +160,22 @@ def _compile(compiler: tuple[str, ...], sources: Sequence[Path], runtime: Path, 
     os.close(handle)
     try:
         objects = [str(source) for source in sources if source.suffix == ".cpp"]
-        # -fopenmp would also link the compiler's own runtime; the loader takes torch's, being the one named.
-        _run([*compiler, *FLAGS, *objects, "-o", partial, "-Wl,--as-needed", str(runtime), "-Wl,-Bsymbolic"])
+        # With GNU's compiler the loader takes torch's runtime, being the one named. Clang's loops call LLVM's runtime,
+        # which torch may not have, so there a loop marked for OpenMP stays on one thread.
+        openmp = [] if "clang" in _version(compiler) else ["-fopenmp"]
+        _run(
+            [
+                *compiler,
+                *FLAGS,
+                *openmp,
+                *objects,
+                "-o",
+                partial,
+                "-Wl,--as-needed",
+                str(runtime),
+                "-Wl,-Bsymbolic",
+            ]
+        )
         Path(partial).chmod(0o500)
         Path(partial).replace(target)
     finally:

@@ -17,7 +17,6 @@ namespace {
 // Packed B is cut into tiles of this many columns, the last one narrower; in a tile, rows of words lie one behind
 // the other, so a product reads B in the order in which it lies in memory.
 constexpr int64_t TILE = 64;
-constexpr int64_t PREFETCH_BYTES = 1024;
 
 enum Type : int { BF16 = 0, FP32 = 1 };
 

@@ -2,10 +2,14 @@
 
 #pragma once
 
-#include <omp.h>
 #include <sched.h>
 
 #include "lora_table.h"
+
+// torch's OpenMP runtime, called by the C interface that GNU's, LLVM's and Intel's all have: so any compiler will do, and
+// none brings in a runtime of its own.
+extern "C" int omp_get_max_threads(void);
+extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace {
 
@@ -127,16 +131,21 @@ void work(Table& table, const Call& call) {
         expand_unit(table, call, table.units[size_t(i)]);
 }
 
+struct Shared {
+    Table& table;
+    const Call& call;
+};
+
+void work_shared(void* shared) { work(static_cast<Shared*>(shared)->table, static_cast<Shared*>(shared)->call); }
+
 // Waking a sleeping thread takes about WAKE_NS, so a call gets as many threads as it can keep busy for longer.
 void run(Table& table, const Call& call, double cost) {
-    const int threads = int(larger(1, smaller(omp_get_max_threads(), int64_t(cost / WAKE_NS))));
+    const int64_t threads = larger(1, smaller(omp_get_max_threads(), int64_t(cost / WAKE_NS)));
     Counters& counters = *table.counters;
     counters.shrink = counters.shrunk = counters.expand = 0;
     if (threads == 1) return work(table, call);
-#pragma omp parallel num_threads(threads)
-    {
-        work(table, call);
-    }
+    Shared shared = {table, call};
+    GOMP_parallel(work_shared, &shared, unsigned(threads), 0);
 }
 
 }  // namespace
