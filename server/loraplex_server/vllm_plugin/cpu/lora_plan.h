@@ -8,7 +8,7 @@
 
 // torch's OpenMP runtime, called by the C interface that GNU's, LLVM's and Intel's all have: so any compiler will do, and
 // none brings in a runtime of its own.
-extern "C" int omp_get_max_threads(void);
+extern "C" int omp_get_max_threads(void) noexcept;
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace {
@@ -20,7 +20,7 @@ constexpr double UNIT_NS = 4000;    // what a thread takes at a time
 constexpr double WAKE_NS = 12000;   // work that makes waking a thread worth while
 constexpr int64_t UNIT_ROWS = 64;   // rows a thread takes at a time, at most
 constexpr int64_t UNIT_RANKS = 8;   // ranks it takes at least, so that words of t have one writer
-constexpr int64_t YIELD_TURNS = 4096;
+constexpr int64_t YIELD_TURNS = 256;  // waits of some 20 ns
 
 struct Call {
     char* y;
@@ -111,10 +111,15 @@ void expand_unit(const Table& table, const Call& call, const Unit& unit) {
          piece.t_stride, words_of(piece.weights->rank, table.type), unit.row_from, unit.row_to, unit.from, unit.to});
 }
 
-void pause(int64_t turn) {
-    if (turn % YIELD_TURNS == YIELD_TURNS - 1) sched_yield();
+// Wait for another thread's unit, which takes a few microseconds; longer only where that thread has lost its core, and
+// then ours may be the one it needs.
+void await(int64_t turn) {
+    if (turn % YIELD_TURNS == YIELD_TURNS - 1) {
+        sched_yield();
+        return;
+    }
 #if defined(__x86_64__)
-    else __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #endif
 }
 
@@ -126,7 +131,7 @@ void work(Table& table, const Call& call) {
         shrink_unit(table, call, table.units[size_t(i)]);
         counters.shrunk.fetch_add(1, std::memory_order_release);
     }
-    for (int64_t turn = 0; counters.shrunk.load(std::memory_order_acquire) < n_shrink; turn++) pause(turn);
+    for (int64_t turn = 0; counters.shrunk.load(std::memory_order_acquire) < n_shrink; turn++) await(turn);
     for (int64_t i; (i = n_shrink + counters.expand.fetch_add(1, std::memory_order_relaxed)) < n;)
         expand_unit(table, call, table.units[size_t(i)]);
 }

@@ -18,7 +18,7 @@ enum Error : int {
     UNBOUND = -4,       // a row wants a slot in which there is no adapter
     WRONG_ROWS = -5,    // not the rows that lp_rows announced
     WRONG_TYPE = -6,    // not the type of the table's weights
-    NO_SLICE = -7,      // a slice that the module has not, or bound twice
+    NO_SLICE = -7,      // a slice that the module has not
     WRONG_RANK = -8,    // outside 0..RANK_MAX
     NARROW = -9,        // rows of x or y shorter than the module's
     NO_MEMORY = -10,
