@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from vllm.compilation import caching
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -118,6 +120,7 @@ def engine_config(**changes: Any) -> Any:
         "lora_config": SimpleNamespace(lora_dtype=torch.bfloat16, enable_tower_connector_lora=False),
         "model_config": SimpleNamespace(dtype=torch.bfloat16),
         "parallel_config": SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        "additional_config": {},
         "mode": "compile",
     }
     return SimpleNamespace(**fields | changes)
@@ -145,6 +148,26 @@ def test_compilation_stays_on_with_lora_and_the_settings_are_put_back(platform):
     lora = config.lora_config
     platform.check_and_update_config(config)
     assert (config.mode, config.lora_config, platform.asked) == ("compile", lora, platform)
+    assert len(config.additional_config["loraplex"]) == 64
+
+
+def test_compiled_graphs_on_disk_are_found_by_a_hash_of_our_code_and_can_be_read_back():
+    from vllm.compilation import decorators
+    from vllm.config import VllmConfig
+
+    assert "self.additional_config" in inspect.getsource(VllmConfig.compute_hash)
+    assert "vllm_config.compute_hash()" in inspect.getsource(caching.aot_compile_hash_factors)
+    loading = inspect.getsource(decorators._try_load_aot_compiled_fn)
+    assert "loaded_fn._artifacts.compiled_fn.finalize_loading(model.vllm_config)" in loading
+    compiling.reuse_compiled()
+
+    def graph(x: int) -> int:
+        return x + 1
+
+    graph.serialize = None  # type: ignore[attr-defined]
+    compiled = BundledAOTAutogradSerializableCallable(graph)
+    assert compiled.finalize_loading(None) is None
+    assert compiled(1) == 2
 
 
 def test_the_settings_are_put_back_when_vllm_refuses_them(platform):

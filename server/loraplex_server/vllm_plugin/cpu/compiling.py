@@ -1,14 +1,20 @@
-"""`torch.compile` for LoRA on CPU, which vLLM switches off.
+"""`torch.compile` for LoRA on CPU, which vLLM switches off, and what was compiled kept for the next start.
 
 vLLM's CPU platform sets compilation mode NONE as soon as LoRA is on: its own wrapper could not be traced. In native
 mode a wrapped layer adds one opaque operator with a constant, so the graph is the one without LoRA and a node more per
 layer, and nothing in it depends on the batch or on adapters. `keep_compiling` wraps the platform's method so that it
 does not see the LoRA settings where native mode will serve them, and nothing else is different: the method reads them
 for this alone, which a test asserts.
+
+vLLM writes what was compiled to disk, but on CPU fails to read it back, and compiles at every start: it asks what it
+loaded to finish loading, which only the form it uses on GPUs knows. `reuse_compiled` gives the CPU's form that method.
+The graph on disk holds the numbers of modules; it is found by a hash of the settings, into which our code's own goes.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import os
 import shutil
@@ -32,6 +38,7 @@ def keep_compiling(platform: Any) -> None:
         if lora is None or reason_against_native(vllm_config) or not _can_compile():
             original.__func__(cls, vllm_config)
             return
+        vllm_config.additional_config = {**vllm_config.additional_config, "loraplex": _fingerprint()}
         vllm_config.lora_config = None
         try:
             original.__func__(cls, vllm_config)
@@ -40,6 +47,30 @@ def keep_compiling(platform: Any) -> None:
 
     check_and_update_config.keeps_compiling = True  # type: ignore[attr-defined]
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def reuse_compiled() -> None:
+    """Make vLLM able to read back what it compiled for a CPU. Calling it again is harmless.
+
+    Raises:
+        ImportError: torch has moved what it keeps compiled graphs in.
+
+    """
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Compiled
+
+    if not hasattr(Compiled, "finalize_loading"):
+        Compiled.finalize_loading = _nothing_left
+
+
+def _nothing_left(_compiled: Any, _vllm_config: Any) -> None:
+    """All is loaded."""
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Return a hash of the code that decides what a compiled graph holds of ours."""
+    parts = (Path(__file__).with_name(name).read_bytes() for name in ("manager.py", "layers.py", "ops.py"))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _can_compile() -> bool:

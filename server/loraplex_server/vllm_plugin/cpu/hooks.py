@@ -18,7 +18,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from loraplex_server.vllm_plugin.cpu.blocks import STAGED
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
-from loraplex_server.vllm_plugin.cpu.compiling import keep_compiling
+from loraplex_server.vllm_plugin.cpu.compiling import keep_compiling, reuse_compiled
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
@@ -40,6 +40,7 @@ def install(platform: Any, *, required: bool) -> None:
     from vllm.v1.worker import lora_model_runner_mixin as mixin
 
     keep_compiling(platform)
+    reuse_compiled()
     stock = mixin.LRUCacheWorkerLoRAManager
     if not hasattr(stock, "makes_native"):
         _expect(stock.__init__, "vllm_config", "device", "embedding_modules", "lora_model_cls")
