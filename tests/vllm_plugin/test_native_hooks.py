@@ -266,6 +266,14 @@ def test_an_adapter_that_no_step_could_use_yet_is_read_as_its_request_comes_in(t
     assert len(taken) == 3
 
 
+def test_a_request_holds_its_block_whatever_is_dropped_meanwhile(taking_in):
+    take, taken = taking_in
+    take(named(2, "/good"))
+    assert STAGED.drop(2)
+    assert taken[0].lora_request.block == "block of /good"
+    assert (taken[0].lora_request.lora_name, taken[0].lora_request.lora_path) == ("a2", "/good")
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_own_request_before_any_step(taking_in):
     take, taken = taking_in
     with pytest.raises(ValueError, match="bad"):

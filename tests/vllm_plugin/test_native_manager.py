@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from loraplex_server.vllm_plugin.cpu import ops
 from loraplex_server.vllm_plugin.cpu.blocks import EMPTY, STAGED
+from loraplex_server.vllm_plugin.cpu.hooks import BoundRequest
 from loraplex_server.vllm_plugin.cpu.layers import ModuleLora, NativeEmbedding
 from tests.vllm_plugin.native_model import ADAPTERS, SLOTS, worker_manager, write_models
 
@@ -175,6 +176,15 @@ def test_a_staged_block_is_bound_without_reading_anything(manager, directory):
     nowhere = LoRARequest("four", 2, "/nowhere")
     manager.set_active_adapters({nowhere}, LoRAMapping((2,), (2,)))
     assert manager.block(2) is not None
+
+
+def test_an_adapter_removed_while_a_request_runs_goes_on_from_the_requests_own_block(manager, directory):
+    block = manager.reader().read(str(directory / "four"))
+    running = BoundRequest("four", 2, "/nowhere", block=block)
+    for _ in range(2):
+        manager.set_active_adapters({running}, LoRAMapping((2,), (2,)))
+        assert manager.block(2) is block
+        assert manager.remove_adapter(2)
 
 
 def test_a_refused_adapter_changes_nothing(manager, directory):

@@ -9,7 +9,6 @@ is ended by itself, before any step has it (`vllm_plugin.cpu.hooks`), and never 
 """
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import tempfile
@@ -98,14 +97,13 @@ class Staged:
 
     keeps_bytes = True
 
-    def __init__(self, llm: "AsyncLLM", client: StagingClient, directory: Path) -> None:
+    def __init__(self, llm: "AsyncLLM", client: StagingClient) -> None:
         self._through = ThroughEngine(llm)
         self._client = client
-        self._directory = directory
 
     @classmethod
     async def open(cls, llm: "AsyncLLM", *, pid: int, roots: list[str]) -> "Staged":
-        """Have the worker listen, and connect to it.
+        """Have the worker listen, connect to it, and leave nothing to connect to behind.
 
         Args:
             llm: an engine in native mode.
@@ -118,10 +116,11 @@ class Staged:
         directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="loraplex-"))
         try:
             await llm.collective_rpc("loraplex_stage_at", args=(str(directory), pid, roots))
-            return cls(llm, await StagingClient.connect(directory), directory)
+            return cls(llm, await StagingClient.connect(directory))
         except Exception as error:
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
             raise EngineUnavailableError(f"the engine cannot stage adapters: {error}") from error
+        finally:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     def request(self, adapter: EngineAdapter) -> Any:
         """See `Loading`."""
@@ -147,8 +146,6 @@ class Staged:
     async def close(self) -> None:
         """See `Loading`."""
         await self._client.close()
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(shutil.rmtree, self._directory)
 
 
 def _refused(adapter: EngineAdapter, error: Exception) -> UnsupportedAdapterError:
