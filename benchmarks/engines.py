@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class EngineSpec:
 
     base: str
     adapters: tuple[str, ...] = ()  # directories, all loaded at start
-    wrapper: str = "grouped"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
+    wrapper: str = "native"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
     nf4: str = "native"  # LORAPLEX_CPU_NF4, where the base is quantized: "native" or "stock"
@@ -56,20 +56,16 @@ class EngineSpec:
     trace_directory: str = ""  # where `profile` requests write; empty: no profiler
 
 
-class Engine:
-    """A child process with one engine; `ask` wakes it, asks, and stops it again."""
+class Child:
+    """A child process that answers requests; `ask` wakes it, asks, and stops it again."""
 
-    def __init__(self, spec: EngineSpec, *, threads: int) -> None:
-        environment = os.environ | {CPU_LORA_ENV: spec.wrapper, CPU_NF4_ENV: spec.nf4, "HF_HUB_OFFLINE": "1"}
-        if spec.trace_directory:
-            environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
-        if not torch.cuda.is_available():
-            environment |= _cpu_environment(spec, threads)
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it and wait for its first line, which is `started`."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engines", json.dumps(asdict(spec))],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env={**os.environ, **environment},
             text=True,
             start_new_session=True,  # a process group of its own, to be stopped as a whole
         )
@@ -77,10 +73,10 @@ class Engine:
         self._signal(signal.SIGSTOP)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Let the engine run for one request and return its answer.
+        """Let the process run for one request and return its answer.
 
         Raises:
-            RuntimeError: the engine's process ended.
+            RuntimeError: the process ended.
 
         """
         self._signal(signal.SIGCONT)
@@ -93,7 +89,7 @@ class Engine:
             self._signal(signal.SIGSTOP)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return the memory of all the engine's processes together, in bytes."""
+        """Return the memory of all processes of its group together, in bytes."""
         group = os.getpgid(self._process.pid)
         processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         totals: dict[str, int] = {"rss": 0, "peak_rss": 0, "pss": 0}
@@ -108,7 +104,7 @@ class Engine:
         return totals
 
     def close(self) -> None:
-        """End the engine's processes; harmless when they have ended."""
+        """End its processes; harmless when they have ended."""
         self._signal(signal.SIGCONT)
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -122,7 +118,7 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the engine's process ended with status {self._process.wait()}: see its log")
+            raise RuntimeError(f"the process ended with status {self._process.wait()}: see its log")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -131,6 +127,18 @@ class Engine:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+class Engine(Child):
+    """A child process with one engine."""
+
+    def __init__(self, spec: EngineSpec, *, threads: int) -> None:
+        environment = {CPU_LORA_ENV: spec.wrapper, CPU_NF4_ENV: spec.nf4, "HF_HUB_OFFLINE": "1"}
+        if spec.trace_directory:
+            environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
+        if not torch.cuda.is_available():
+            environment |= _cpu_environment(spec, threads)
+        super().__init__([sys.executable, "-m", "benchmarks.engines", json.dumps(asdict(spec))], environment)
 
 
 def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str]:

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/lora_overhead.json")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")

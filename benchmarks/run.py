@@ -20,6 +20,8 @@ from benchmarks.table import as_markdown, load_results, make_rows
 BENCHMARKS = (
     "registry_io",
     "frontend",
+    "kernels",
+    "nf4",
     "lora_overhead",
     "working_set",
     "swap_stall",

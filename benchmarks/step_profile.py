@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
     parser.add_argument("--base", choices=["bf16", "nf4"], default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/step_profile[_nf4].json"
