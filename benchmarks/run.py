@@ -27,6 +27,7 @@ BENCHMARKS = (
     "swap_stall",
     "peers",
     "memory",
+    "nf4",
 )
 LIMIT_S = 3600  # of one benchmark
 TABLE_JSON = "table.json"

@@ -133,7 +133,7 @@ def _origin(result: Mapping[str, Any]) -> str:
     before = result.get("before")
     run_before = f" Before: {before['date']}, commit {before['commit']}." if before else ""
     return (
-        f"{result['date']}, commit {result['commit']}, {hardware}, load {machine['load_1m']:.1f} at the end; "
+        f"{result['date']}, commit {result['commit']}, {hardware}, load {machine['load_1m']:.1f} at the start; "
         f"Python {machine['python']}, {versions}.{run_before}"
     )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from benchmarks.lora_overhead import RATIOS, as_nf4, make_cases, summarize_rates
+from benchmarks.models import SHAPES, ensure_adapters, linked_copies
 from benchmarks.step_profile import KINDS, PYTHON, step_times
 from benchmarks.table import as_markdown, make_rows
 
@@ -124,3 +127,13 @@ def test_the_parts_of_a_profiled_step_add_up_to_it() -> None:
     assert step == pytest.approx(Counter(expected))
     assert set(step) <= {*KINDS, PYTHON}
     assert step.total() == pytest.approx(90)
+
+
+def test_adapters_touch_what_they_are_asked_to_and_copies_are_the_same_files(tmp_path: Path) -> None:
+    (adapter,) = ensure_adapters(SHAPES["tiny"], tmp_path, count=1, rank=8, modules=("q_proj", "v_proj"))
+    header = load_file(adapter / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in header} == {"q_proj", "v_proj"}
+    assert {tuple(w.shape)[0] for name, w in header.items() if "lora_A" in name} == {8}
+    copies = linked_copies([adapter], tmp_path, 3)
+    assert len({copy / "adapter_model.safetensors" for copy in copies}) == 3
+    assert len({(copy / "adapter_model.safetensors").stat().st_ino for copy in copies}) == 1
