@@ -133,7 +133,7 @@ def test_adapters_touch_what_they_are_asked_to_and_copies_are_the_same_files(tmp
     (adapter,) = ensure_adapters(SHAPES["tiny"], tmp_path, count=1, rank=8, modules=("q_proj", "v_proj"))
     header = load_file(adapter / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in header} == {"q_proj", "v_proj"}
-    assert {tuple(w.shape)[0] for name, w in header.items() if "lora_A" in name} == {8}
+    assert {weight.size(0) for name, weight in header.items() if "lora_A" in name} == {8}
     copies = linked_copies([adapter], tmp_path, 3)
     assert len({copy / "adapter_model.safetensors" for copy in copies}) == 3
     assert len({(copy / "adapter_model.safetensors").stat().st_ino for copy in copies}) == 1
