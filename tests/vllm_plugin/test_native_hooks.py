@@ -117,7 +117,9 @@ def test_the_cpu_platform_reads_the_lora_settings_to_switch_compilation_off_and_
 
 def engine_config(**changes: Any) -> Any:
     fields = {
-        "lora_config": SimpleNamespace(lora_dtype=torch.bfloat16, enable_tower_connector_lora=False),
+        "lora_config": SimpleNamespace(
+            lora_dtype=torch.bfloat16, enable_tower_connector_lora=False, fully_sharded_loras=False
+        ),
         "model_config": SimpleNamespace(dtype=torch.bfloat16),
         "parallel_config": SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         "additional_config": {},

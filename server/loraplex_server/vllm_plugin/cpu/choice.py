@@ -33,7 +33,7 @@ def reason_against_native(vllm_config: Any) -> str:
         return f"adapters would be {lora.lora_dtype}, the kernels take bfloat16 and float32"
     if lora.lora_dtype != vllm_config.model_config.dtype:
         return f"adapters would be {lora.lora_dtype} over a base of {vllm_config.model_config.dtype}"
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1 or lora.fully_sharded_loras:
         return "the model is spread over processes"
     if lora.enable_tower_connector_lora:
         return "adapters may touch parts that are not the language model"

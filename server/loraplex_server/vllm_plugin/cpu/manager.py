@@ -21,7 +21,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers import (
+    ClassificationHeadWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -87,7 +91,8 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
             return Layer("embedding", names, base.org_vocab_size, (base.embedding_dim,))
         if isinstance(module, LogitsProcessorWithLoRA):
             return Layer("logits", names, module.hidden_size, (module.base_layer.vocab_size,))
-        if isinstance(module, BaseLinearLayerWithLoRA) and module.tp_size == 1:
+        # A classification head may be replaced whole by an adapter, which the kernels do not do.
+        if isinstance(module, BaseLinearLayerWithLoRA) and not isinstance(module, ClassificationHeadWithLoRA):
             return Layer("linear", names, module.input_size, tuple(module.output_slices))
         raise NotImplementedError(
             f"{name}: LoRA on {type(module).__name__} has no native form on CPU; set LORAPLEX_CPU_LORA=grouped"
