@@ -275,11 +275,18 @@ def main() -> None:
     shape, rounds = SHAPES[options.model], 2 if options.quick else options.rounds
     torch.set_num_threads(options.threads)
     found: list[Measurement] = []
-    if options.part != "engines":
-        found += measure_layers(shape, rounds)
-    if options.part != "layers":
-        found += measure_engines(shape, options.workdir, rounds, options.threads)
-    print("\n".join(map(as_line, found)) if options.json else as_table(found))
+    parts: dict[str, Callable[[], list[Measurement]]] = {
+        "layers": lambda: measure_layers(shape, rounds),
+        "engines": lambda: measure_engines(shape, options.workdir, rounds, options.threads),
+    }
+    for part, measure in parts.items():
+        if options.part in (part, "both"):
+            figures = measure()
+            found += figures
+            if options.json:
+                print("\n".join(map(as_line, figures)), flush=True)
+    if not options.json:
+        print(as_table(found))
     if options.save:
         settings: dict[str, Any] = {
             "rounds": rounds, "threads": options.threads, "model": options.model, "part": options.part
