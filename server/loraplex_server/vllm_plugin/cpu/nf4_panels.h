@@ -64,13 +64,13 @@ ISA inline void unpack(const uint8_t* src, int64_t groups, int64_t group, uint16
 }
 
 // Few rows: sums (rows, 16) of one panel, weights going from the lookup into the products without memory between.
-// x is (pairs, R). Several sums per row where there are few rows, because a product takes some cycles.
+// x is (pairs, R). One sum per row and output, over pairs in order, as in `tile`: so a row's result is the same to the
+// bit however many rows there are beside it. (Several sums for a single row were no quicker: the lookup takes as long
+// as a product.)
 template <int R>
 ISA void panel_of_few(const uint32_t* x, const uint8_t* src, int64_t groups, int64_t group, float* sums, __m512 code) {
-  constexpr int kSets = R <= 4 ? 4 : R <= 8 ? 2 : 1;
-  __m512 acc[kSets][R];
-  for (auto& set : acc)
-    for (auto& one : set) one = _mm512_setzero_ps();
+  __m512 acc[R];
+  for (auto& one : acc) one = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
     const Scales scales = load_scales(src);
     src += 64;
@@ -80,16 +80,11 @@ ISA void panel_of_few(const uint32_t* x, const uint8_t* src, int64_t groups, int
       for (int q = 0; q < 4; ++q) {
         const __m512bh w = weights(src, q, code, scales);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          acc[q % kSets][r] = _mm512_dpbf16_ps(acc[q % kSets][r], (__m512bh)_mm512_set1_epi32(x[q * R + r]), w);
+        for (int r = 0; r < R; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)_mm512_set1_epi32(x[q * R + r]), w);
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    __m512 sum = acc[0][r];
-    for (int set = 1; set < kSets; ++set) sum = _mm512_add_ps(sum, acc[set][r]);
-    _mm512_storeu_ps(sums + r * 32, sum);
-  }
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * 32, acc[r]);
 }
 
 // sums (rows, 32) += x (pairs, rows) times w (pairs, 32); fp32 sums, bf16 pairs.
