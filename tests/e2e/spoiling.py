@@ -5,7 +5,11 @@ its hands: links removed, or led to other files. Each harm makes vLLM itself ref
 """
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +21,10 @@ from loraplex_registry.delivery.private_dirs import TEMPORARY
 from loraplex_registry.validation.lora_config import CONFIG_NAME
 from loraplex_registry.validation.weights import WEIGHTS_NAME
 from tests.e2e.conftest import generate
+from tests.e2e.test_engine_death import engine_cores
 
-TRIES: Final = 5
-"""The server looks at bytes at rest again, and may find the harm before the engine does."""
+STAGED_S_MAX: Final = 20.0
+SETTLED_S: Final = 0.2  # from the first sight of the directory until the engine has been asked
 
 Tensors = dict[str, np.ndarray]
 
@@ -66,24 +71,46 @@ HARMS: Final[Mapping[str, Callable[[Path], None]]] = {
 }
 
 
-def spoil(cache: Path, digest: str, harm: str) -> None:
-    """Do harm to what is staged of a version: one directory of links, reached by the engine only when it loads."""
-    [directory] = cache.glob(f"{TEMPORARY}*/{digest.replace(':', '-')}")
+def refused_by_the_engine(
+    client: Client, server: int, cache: Path, adapter: str, digest: str, harm: str
+) -> str:
+    """Ask for an adapter and spoil it before the engine opens it; return the reason and the words of the refusal.
+
+    The engine's process is stopped meanwhile, so that it opens what was spoiled and never what was there before.
+    """
+    [core] = engine_cores(server)
+    os.kill(core, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as asking:
+            done = asking.submit(generate, client, adapter)
+            try:
+                _spoil(_staged(cache, digest), harm)
+            finally:
+                os.kill(core, signal.SIGCONT)
+            try:
+                done.result()
+            except AdapterRefusedError as error:
+                return f"{error.code}: {error}"
+    finally:
+        os.kill(core, signal.SIGCONT)
+    raise AssertionError(f"{harm}: served")
+
+
+def _staged(cache: Path, digest: str) -> Path:
+    """The directory of links that the engine is told to load, once the server has laid it out."""
+    until = time.monotonic() + STAGED_S_MAX
+    while time.monotonic() < until:
+        found = list(cache.glob(f"{TEMPORARY}*/{digest.replace(':', '-')}"))
+        if found:
+            time.sleep(SETTLED_S)
+            return found[0]
+        time.sleep(0.005)
+    raise AssertionError(f"{digest} was not staged within {STAGED_S_MAX} s")
+
+
+def _spoil(directory: Path, harm: str) -> None:
     directory.chmod(0o700)
     HARMS[harm](directory)
-
-
-def refused_by_the_engine(client: Client, cache: Path, adapter: str, digest: str, harm: str) -> str:
-    """Stage an adapter, spoil it, ask for it; return the reason and the words of the refusal."""
-    for _ in range(TRIES):
-        list(client.load_adapter(adapter, stage_only=True))
-        spoil(cache, digest, harm)
-        try:
-            generate(client, adapter)
-        except AdapterRefusedError as error:
-            return f"{error.code}: {error}"
-        client.unload_adapter(adapter)
-    raise AssertionError(f"{harm}: served {TRIES} times")
 
 
 def served_afterwards(client: Client, adapter: str) -> Completion:

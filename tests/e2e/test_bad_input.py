@@ -259,7 +259,7 @@ def test_a_load_that_vllm_itself_refuses_harms_nobody_and_the_next_one_works(
         "modules nobody knows",
         "shapes beyond the slot's",
     ):  # all: tests/reliability
-        said = refused_by_the_engine(client, server.cache, "acme/spoilt", published.digest, harm)
+        said = refused_by_the_engine(client, server.pid, server.cache, "acme/spoilt", published.digest, harm)
         assert said.startswith("UNSUPPORTED_ADAPTER: "), harm
         assert "the engine refused these weights" in said, harm
         assert generate(client, "acme/good").token_ids == good.token_ids, harm

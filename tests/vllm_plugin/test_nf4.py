@@ -169,3 +169,11 @@ def test_a_compiled_graph_keeps_the_operator():
     for n_rows in (2, 5, 33):
         x = torch.randn(n_rows, 64).bfloat16()
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_rows_result_is_the_same_to_the_bit_whatever_rows_are_beside_it():
+    packed = pack([quantized(96, 896)])
+    x = torch.randn(70, 896).bfloat16()
+    together = apply(x, packed)
+    for count in (1, 2, 5, 9, 16, 17, 33):
+        assert torch.equal(apply(x[:count], packed), together[:count]), count
