@@ -53,7 +53,9 @@ def adapters(client: Client) -> dict[str, tuple[str, bool]]:
 def test_after_its_engine_is_killed_the_same_server_answers_with_the_same_adapters_and_tokens(
     server: Stage, client: Client
 ) -> None:
-    for adapter in client.list_adapters():  # what other tests left: an encrypted one takes the registry to come back
+    for (
+        adapter
+    ) in client.list_adapters():  # what other tests left: an encrypted one takes the registry to come back
         client.unload_adapter(adapter.name)
     for seed, name in enumerate(ADAPTERS):
         server.publish(name, seed=700 + seed)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.engine
 
 PIDFD_GETFD = 438  # pidfd_getfd(2), Linux 5.6, the same number on every architecture
 STREAMS = 8
+TRIES = 5
 
 
 def test_loads_while_eight_streams_run_change_no_token(server: Stage, client: Client) -> None:
@@ -65,21 +66,33 @@ def test_a_call_whose_adapter_the_engine_has_lost_gets_an_error_and_no_token_and
     for adapter in client.list_adapters():
         client.unload_adapter(adapter.name)
     core = engine_cores(server.pid)
-    list(client.load_adapter("acme/lost"))  # no step has had it yet
-    with staging_connection(server.pid) as connection:
+    for _ in range(TRIES):  # a look at the books meanwhile brings it back, which is right as well
+        list(client.load_adapter("acme/lost"))  # no step has had it yet
+        drop_all(server.pid)
+        try:
+            generate(client, "acme/lost")
+        except LoraplexError as error:
+            code = error.code
+            break
+        client.unload_adapter("acme/lost")
+    else:
+        raise AssertionError("a call was answered after its adapter was dropped, time after time")
+    assert code == "ADAPTER_NOT_READY"
+    assert generate(client, "").usage.completion_tokens == 16
+    assert engine_cores(server.pid) == core, "the engine lives on"
+    client.unload_adapter("acme/lost")  # or the next look at the books would see it
+    assert generate(client, "acme/lost").token_ids == right
+
+
+def drop_all(pid: int) -> None:
+    """Have the worker forget every adapter that it may hold, behind the server's back."""
+    with staging_connection(pid) as connection:
         for number in range(1, 2000):
             while True:  # it does not block, because the server's copy must not
                 with contextlib.suppress(BlockingIOError):
                     connection.send(Question(1 << 40, "drop", number).line())
                     break
     time.sleep(0.2)  # until they have been read
-    with pytest.raises(LoraplexError) as caught:
-        generate(client, "acme/lost")
-    assert caught.value.code == "ADAPTER_NOT_READY"
-    assert generate(client, "").usage.completion_tokens == 16
-    assert engine_cores(server.pid) == core, "the engine lives on"
-    client.unload_adapter("acme/lost")  # or the next look at the books would see it
-    assert generate(client, "acme/lost").token_ids == right
 
 
 def state(client: Client, name: str) -> AdapterInfo:

@@ -232,7 +232,14 @@ async def test_server_engine_load_errors_of_vllm_harm_nobody_else(
             before = await asyncio.to_thread(served_afterwards, spoilt, "acme/spoilt")
             async with neighbours(client, crowd.adapters[:2]) as beside:
                 for harm in harms:
-                    args = (spoilt, crowd.served.process.pid, crowd.stage.cache, "acme/spoilt", published.digest, harm)
+                    args = (
+                        spoilt,
+                        crowd.served.process.pid,
+                        crowd.stage.cache,
+                        "acme/spoilt",
+                        published.digest,
+                        harm,
+                    )
                     words[await asyncio.to_thread(refused_by_the_engine, *args)] += 1
                     answers[
                         (await asyncio.to_thread(served_afterwards, spoilt, "acme/spoilt")).token_ids

@@ -218,15 +218,15 @@ def test_results_do_not_depend_on_the_number_of_threads(loaded):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", (40, 256, 896, 1000))
+@pytest.mark.parametrize("features", [40, 256, 896, 1000])
 def test_a_rows_result_is_the_same_to_the_bit_whatever_rows_are_beside_it(loaded, dtype, features):
     table, _, _ = single(loaded, dtype, features=features, out=130, rank=9)
     x, y = torch.randn(90, features).to(dtype), torch.randn(90, 130).to(dtype)
     together = y.clone()
-    announce(table, *[0] * 90)
+    announce(table, *(90 * (0,)))
     table.add(0, TOKENS, together, x)
     for count in (1, 3, 4, 7):
-        announce(table, *[0] * count)
+        announce(table, *(count * (0,)))
         apart = y[:count].clone()
         table.add(0, TOKENS, apart, x[:count])
         assert torch.equal(apart, together[:count]), count

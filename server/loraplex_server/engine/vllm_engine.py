@@ -36,7 +36,12 @@ from loraplex_server.engine.protocol import (
 )
 from loraplex_server.engine.quantize import int8_checkpoint
 from loraplex_server.engine.vllm_adapters import Loading, Staged, ThroughEngine
-from loraplex_server.engine.vllm_settings import engine_arguments, set_environment, widen_slots
+from loraplex_server.engine.vllm_settings import (
+    engine_arguments,
+    model_is_apart,
+    set_environment,
+    widen_slots,
+)
 from loraplex_server.engine.vllm_values import (
     chunks,
     embedding,
@@ -169,7 +174,7 @@ class VllmEngine:
 
     async def _way_in(self) -> Loading:
         """Return how adapters come in: staged by the worker where it can, through the engine loop otherwise."""
-        if not await self._is_native():
+        if model_is_apart() or not await self._is_native():
             return ThroughEngine(self._vllm)
         cache = self._config.adapters.cache_dir or self._cache_dir / "adapters"
         return await Staged.open(self._vllm, pid=os.getpid(), roots=[str(cache)])

@@ -31,6 +31,11 @@ def set_environment(config: Config) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def model_is_apart() -> bool:
+    """Whether, on CPU, the model was put into a process beside the engine core's after all (see `set_environment`)."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
+
+
 def engine_arguments(config: Config, directory: Path, base: BaseModel) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs` for a checkpoint directory that holds this base."""
     arguments: dict[str, Any] = {
