@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,8 +87,9 @@ def running(
             stack.callback(peer.close)
             return peer
 
-        ours = EngineSpec(str(base), directories, wrapper, RANK)
-        nf4 = EngineSpec(str(base), directories, wrapper, RANK, "bitsandbytes")
+        # Asked to compile with the pure-torch wrapper, vLLM would neither compile nor use its own fused kernels.
+        ours = EngineSpec(str(base), directories, wrapper, RANK, compile=wrapper == "native")
+        nf4 = replace(ours, quantization="bitsandbytes")
         peers: dict[str, Peer] = {
             "ours": started(Engine(ours, threads=threads)),
             "ours_nf4": started(Engine(nf4, threads=threads)),
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=[*SHAPES], default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="grouped", help="our path on CPU")
+    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each peer")
     parser.add_argument("--llamacpp", type=Path, default=HOME, help="where llama.cpp was built")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/peers.json")
