@@ -5,6 +5,7 @@ module and use no socket; it measures the time of each case and the growth of th
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -390,6 +391,8 @@ def judge(place: Path, base: BaseModel, *, limits: Limits | None = None) -> str:
 
 def warm_up(place: Path, base: BaseModel) -> None:
     """Judge a good adapter first, so that what is imported once is there."""
+    gc.collect()
+    gc.freeze()  # what other tests left must not be looked through again and again while a header is read
     directory = builders.make_adapter(place / "warm")
     validate_adapter(directory, base)
     assert judge(directory, base) == "accepted"
