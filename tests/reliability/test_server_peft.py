@@ -1,6 +1,8 @@
-"""Whole servers in bf16 and in fp32, embeddings and output layer adapted too: every token as PEFT has it, but for ties.
+"""A whole server in fp32, embeddings and output layer adapted too: every token as PEFT has it.
 
-Two engine starts, so not in the suite that every change runs.
+In bf16 the logits of this base lie no further apart than rounding moves them (0.03 between neighbouring values near 4 to
+8), so that a fifth of the answers ends in a tie; `tests/e2e/test_peft.py` has that case on the shared engine. An engine
+start of its own, so not in the suite that every change runs.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,6 @@ from tests.e2e.conftest import stage as stage
 from tests.e2e.test_peft import (
     ADAPTERS,
     ALL_LINEAR,
-    TIE,
     Kind,
     ask_together,
     make_requests,
@@ -30,7 +31,7 @@ NEW_TOKENS = 24
 PROMPTS = 20
 AT_ONCE = 20  # four prompts of everyone
 EVERYONE = ADAPTERS | {"globex/peft-everything": Kind(16, (*ALL_LINEAR, "embed_tokens", "lm_head"), 0.04)}
-TIES = {torch.bfloat16: TIE, torch.float32: 1e-3}
+TIES = {torch.float32: 1e-3}
 
 
 @pytest.mark.parametrize("dtype", list(TIES), ids=str)

@@ -195,7 +195,14 @@ class BlockReader:
         """
         if not (Path(path) / "adapter_model.safetensors").is_file():
             raise FileNotFoundError(f"{path} has no adapter_model.safetensors")
-        found = dict(self.load(path).loras)
+        try:
+            found = dict(self.load(path).loras)
+        except (ValueError, OSError):
+            raise
+        except (
+            Exception
+        ) as error:  # vLLM's loader and safetensors raise types of their own, asserts among them
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         pause()
         weights = [by_slice(layer, [_take(found, name) for name in layer.names]) for layer in self.layers]
         if found:
