@@ -1,8 +1,8 @@
 """A whole server in fp32, embeddings and output layer adapted too: every token as PEFT has it.
 
-In bf16 the logits of this base lie no further apart than rounding moves them (0.03 between neighbouring values near 4 to
-8), so that a fifth of the answers ends in a tie; `tests/e2e/test_peft.py` has that case on the shared engine. An engine
-start of its own, so not in the suite that every change runs.
+In bf16 the logits of this base lie no further apart than rounding moves them (neighbouring values from 4 to 8 are 0.03
+apart), so that a fifth of the answers ends in a tie; `tests/e2e/test_peft.py` has that case on the shared engine. An
+engine start of its own, so not in the suite that every change runs.
 """
 
 from collections.abc import Callable
