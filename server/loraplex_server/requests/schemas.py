@@ -98,6 +98,9 @@ def _problem(schema: Mapping[str, Any]) -> str | None:
         return "has an unknown type"
     if said - allowed:
         return f"says {_first(said - allowed)}, which an answer of this type cannot be kept to"
+    of_text = sorted(said & {"format", "pattern"}) + sorted(said & {"minLength", "maxLength"})[:1]
+    if len(of_text) > 1:
+        return f"says {of_text[1]} beside {of_text[0]}; one of them would not be kept to"
     required, properties = schema.get("required") or [], schema.get("properties") or {}
     if not isinstance(required, list) or not isinstance(properties, dict):
         return "has required or properties of the wrong kind"

@@ -103,6 +103,8 @@ def test_a_schema_as_programs_write_them_passes() -> None:
         ({"type": "string", "enum": ["a", 1]}, "# has values"),
         ({"type": "integer", "const": True}, "# has values"),
         ({"type": "string", "enum": "a"}, "# has values"),
+        ({"type": ["string", "integer"], "format": "date", "pattern": "^a$"}, "# says pattern beside format"),
+        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "# says maxLength beside pattern"),
         ({"type": "wat"}, "# has an unknown type"),
         ({"type": {"a": 1}}, "# has an unknown type"),
         ({"type": "object", "required": [[]]}, "# requires"),
