@@ -72,5 +72,5 @@ def test_server_peft_has_the_same_tokens(
         told_apart(requests, expected),
     )
     figure(f"{name}: share of tokens that are PEFT's", round(same / asked, 4), ">= 0.8", same >= 0.8 * asked)
-    figure(f"{name}: answers that end in a near tie", ties, f"within {TIES[dtype]:g} of the likeliest", True)
+    figure(f"{name}: answers that end in a near tie", ties, "<= 5", ties <= 5)
     figure(f"{name}: answers with another token", others, "= 0", others == 0)

@@ -39,7 +39,7 @@ def hook_up(
     metrics: Metrics, config: Config, *, scheduler: Scheduler, residency: Residency, cache: Cache
 ) -> None:
     """Have the metrics ask the running parts for what gauges show."""
-    slots = config.adapters.slots
+    slots = residency.slots_total  # what the settings leave open is decided by then
     metrics.waiting.set_function(lambda: scheduler.waiting)
     metrics.fairness_gap.set_function(lambda: scheduler.fairness_gap)
     metrics.slots_total.set(slots)

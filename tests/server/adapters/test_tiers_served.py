@@ -109,6 +109,7 @@ async def test_over_an_engine_that_keeps_the_bytes_the_server_holds_none_and_a_s
         listed = {adapter.adapter: adapter.state async for adapter in client.list_adapters()}
         assert listed == {"a0": "staged", "a1": "resident", "a2": "resident", "a3": "resident"}
         assert rig.app.residency.slots_total == 3, "one call in the batch, two that wait to follow it"
+        assert rig.counts.get_sample_value("loraplex_adapter_slots") == 3
         assert len(rig.engine.adapters) == 4
         assert sealed_bytes() == held
         assert (await client.validate_adapter(names[0])).slot_bytes == 0

@@ -65,8 +65,7 @@ ISA inline void unpack(const uint8_t* src, int64_t groups, int64_t group, uint16
 
 // Few rows: sums (rows, 16) of one panel, weights going from the lookup into the products without memory between.
 // x is (pairs, R). One sum per row and output, over pairs in order, as in `tile`: so a row's result is the same to the
-// bit however many rows there are beside it. (Several sums for a single row were no quicker: the lookup takes as long
-// as a product.)
+// bit however many rows there are beside it. What one chain of sums costs a single row has not been measured.
 template <int R>
 ISA void panel_of_few(const uint32_t* x, const uint8_t* src, int64_t groups, int64_t group, float* sums, __m512 code) {
   __m512 acc[R];
