@@ -1,9 +1,10 @@
 """From a name to a verified digest, and from a verified digest to bytes on disk.
 
 Promises: what `resolve` returns carries a signature that the trust policy accepts for exactly that tenant,
-adapter, version and base model; a tag is asked for again after `tag_ttl_s`, once for all who ask at the same time and
-without a body while it has not moved, and its dates, marks and revocations are judged by the time of now; while the
-store is down, names resolved within `stale_s_max` keep their meaning, so adapters in memory go on serving.
+adapter, version and base model; what a tag meant was asked of the store at most `tag_ttl_s` before the call, once for
+all who ask at the same time and without a body while it has not moved, and its dates, marks and revocations are judged
+by the time of now; while the store is down, names resolved within `stale_s_max` keep their meaning, so adapters in
+memory go on serving.
 Failures are never remembered. The bytes an engine is given are the verified ones, sealed, for as long as it may read
 them; on disk they stay in a cache that other servers share. The registry library is synchronous: its calls run on
 threads.
@@ -117,6 +118,24 @@ class _Known:
     resolved: Resolved
 
 
+@dataclass
+class _Flight:
+    """One question to the store about one name, with everyone who waits for its answer.
+
+    Attributes:
+        asked_s: when it went out; None until then.
+        store_away: the store did not answer it; whoever asked again would only wait again.
+    """
+
+    task: "asyncio.Task[AdapterVersion]"
+    asked_s: float | None = None
+    store_away: bool = False
+
+    def answers(self, earliest_s: float) -> bool:
+        """Whether a call to which `earliest_s` is old enough may take the answer."""
+        return self.store_away or self.asked_s is None or self.asked_s >= earliest_s
+
+
 class Versions:
     """Resolves names with one verifier (registry, trust policy, what was seen before), for one base model."""
 
@@ -149,7 +168,7 @@ class Versions:
         self._left_behind: dict[str, asyncio.Task[Handoff]] = {}
         self._handoffs: dict[str, Handoff] = {}  # by the digest; residency stages a digest once at a time
         self._settled: set[str] = set()  # digests of those whose bytes an engine holds instead
-        self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
+        self._flights: dict[str, _Flight] = {}
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef, progress: Progress | None = None) -> AdapterVersion:
@@ -160,24 +179,36 @@ class Versions:
             StoreUnavailableError: the store does not answer and the name is not known well enough.
             RegistryError: the record or its signature was refused; `.code` says why.
         """
-        key = str(ref)
+        key, earliest_s = str(ref), self._clock() - self._tag_ttl_s
         known = self._known.get(key)
-        if known and self._clock() - known.asked_s < self._tag_ttl_s:
+        if known and known.asked_s > earliest_s:
             return known.version
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = asyncio.create_task(self._ask(key, ref, progress or _silent), name=f"resolve {key}")
-            self._flights[key] = flight
-            flight.add_done_callback(partial(self._landed, key))
-        elif progress is not None:
-            progress("resolve", 0, 0)
-        return await asyncio.shield(flight)  # a caller that leaves takes nobody's answer away
+        while True:  # twice at most: the second flight goes out after this call came in
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = self._take_off(key, ref, progress or _silent)
+            elif progress is not None:
+                progress("resolve", 0, 0)
+            try:
+                version = await asyncio.shield(flight.task)  # a caller that leaves takes nobody's answer away
+            except Exception:
+                if flight.answers(earliest_s):
+                    raise
+            else:
+                if flight.answers(earliest_s):
+                    return version
+
+    def _take_off(self, key: str, ref: AdapterRef, progress: Progress) -> _Flight:
+        flight = _Flight(asyncio.create_task(self._ask(key, ref, progress), name=f"resolve {key}"))
+        flight.task.add_done_callback(partial(self._landed, key))
+        return flight
 
     async def _ask(self, key: str, ref: AdapterRef, progress: Progress) -> AdapterVersion:
-        before = self._known.get(key)
+        before, flight = self._known.get(key), self._flights[key]
         try:
-            known = await asyncio.to_thread(self._resolve, ref, before, progress)
+            known = await asyncio.to_thread(self._resolve, ref, before, flight, progress)
         except StoreUnavailableError:
+            flight.store_away = True
             before = self._known.get(key)  # it may have been forgotten meanwhile
             if before and self._clock() - before.asked_s < self._stale_s_max:
                 return before.version
@@ -188,14 +219,14 @@ class Versions:
         self._remember(key, known)
         return known.version
 
-    def _landed(self, key: str, flight: "asyncio.Task[AdapterVersion]") -> None:
+    def _landed(self, key: str, task: "asyncio.Task[AdapterVersion]") -> None:
         self._flights.pop(key, None)
-        if not flight.cancelled():
-            flight.exception()  # every caller may have left; then nobody else asks for it
+        if not task.cancelled():
+            task.exception()  # every caller may have left; then nobody else asks for it
 
-    def _resolve(self, ref: AdapterRef, before: "_Known | None", progress: Progress) -> "_Known":
+    def _resolve(self, ref: AdapterRef, before: _Known | None, flight: _Flight, progress: Progress) -> _Known:
         """Ask whether a name means what it meant, and decide about what it means by the time of now."""
-        asked_s = self._clock()
+        asked_s = flight.asked_s = self._clock()
         progress("resolve", 0, 0)
 
         def told(check: str, outcome: str, detail: str) -> None:  # noqa: ARG001
@@ -251,7 +282,7 @@ class Versions:
                 del self._known[key]
             raise
 
-    def _remember(self, key: str, known: "_Known") -> None:
+    def _remember(self, key: str, known: _Known) -> None:
         self._known[key] = known
         self._known.move_to_end(key)
         while len(self._known) > CACHED_NAMES_MAX:

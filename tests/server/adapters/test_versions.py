@@ -84,7 +84,7 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 class AskedRegistry(Registry):
-    """A registry whose answers to names wait until they may go."""
+    """A registry whose answers to names, read already, wait until they may go."""
 
     def __init__(self, url: str) -> None:
         super().__init__(open_store(url))
@@ -92,9 +92,11 @@ class AskedRegistry(Registry):
         self.asked = 0
 
     def resolve(self, *arguments: Any, **options: Any) -> Any:
-        self.asked += 1
-        assert self.may_go_on.wait(10)
-        return super().resolve(*arguments, **options)
+        try:
+            return super().resolve(*arguments, **options)
+        finally:
+            self.asked += 1
+            assert self.may_go_on.wait(10)
 
 
 async def test_callers_of_one_name_at_one_time_ask_once_and_one_that_leaves_harms_nobody(shop: Shop) -> None:
@@ -121,6 +123,59 @@ async def test_a_failure_reaches_every_caller_and_is_not_remembered(shop: Shop) 
     assert [type(error) for error in found] == [AdapterNotFoundError] * 3
     shop.publish("acme/orders", tag="prod")
     assert (await versions.resolve(ORDERS)).adapter == "orders"
+
+
+async def test_a_call_does_not_take_an_answer_that_the_store_gave_too_long_before_it_came(shop: Shop) -> None:
+    clock, registry = Clock(), AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry, clock=clock)
+    first = shop.publish("acme/orders", seed=1, tag="prod")
+    early = asyncio.create_task(versions.resolve(ORDERS))
+    await until(lambda: registry.asked == 1)
+    second = shop.publish("acme/orders", seed=2, tag="prod")
+    clock.now += 4.9
+    soon = asyncio.create_task(versions.resolve(ORDERS))
+    await asyncio.sleep(0)
+    clock.now += 0.2
+    late = [asyncio.create_task(versions.resolve(ORDERS)) for _ in range(8)]
+    await asyncio.sleep(0)
+    registry.may_go_on.set()
+    assert (await early).digest == (await soon).digest == first.digest
+    assert {version.digest for version in await asyncio.gather(*late)} == {second.digest}
+    assert registry.asked == 2
+
+
+async def test_a_call_does_not_take_a_failure_of_before_it_came(shop: Shop) -> None:
+    clock, registry = Clock(), AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry, clock=clock)
+    early = asyncio.create_task(versions.resolve(ORDERS))
+    await until(lambda: registry.asked == 1)
+    published = shop.publish("acme/orders", tag="prod")
+    clock.now += 5.1
+    late = asyncio.create_task(versions.resolve(ORDERS))
+    await asyncio.sleep(0)
+    registry.may_go_on.set()
+    with pytest.raises(AdapterNotFoundError):
+        await early
+    assert (await late).digest == published.digest
+
+
+async def test_while_the_store_is_away_nobody_waits_for_it_twice(shop: Shop) -> None:
+    clock, registry = Clock(), AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry, clock=clock)
+    published = shop.publish("acme/orders", tag="prod")
+    registry.may_go_on.set()
+    await versions.resolve(ORDERS)
+    registry.may_go_on.clear()
+    shutil.move(shop.root / "registry", shop.root / "away")
+    clock.now += 10
+    early = asyncio.create_task(versions.resolve(ORDERS))
+    await until(lambda: registry.asked == 2)
+    clock.now += 10
+    late = asyncio.create_task(versions.resolve(ORDERS))
+    await asyncio.sleep(0)
+    registry.may_go_on.set()
+    assert (await early).digest == (await late).digest == published.digest
+    assert registry.asked == 2
 
 
 async def test_a_tag_is_asked_for_again_after_its_time(shop: Shop) -> None:
