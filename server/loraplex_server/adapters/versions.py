@@ -185,7 +185,7 @@ class Versions:
             return known.version
         while True:  # twice at most: the second flight goes out after this call came in
             flight = self._flights.get(key)
-            if flight is None:
+            if flight is None or flight.task.done():  # one that has just landed may still stand there
                 flight = self._flights[key] = self._take_off(key, ref, progress or _silent)
             elif progress is not None:
                 progress("resolve", 0, 0)
@@ -200,7 +200,7 @@ class Versions:
 
     def _take_off(self, key: str, ref: AdapterRef, progress: Progress) -> _Flight:
         flight = _Flight(asyncio.create_task(self._ask(key, ref, progress), name=f"resolve {key}"))
-        flight.task.add_done_callback(partial(self._landed, key))
+        flight.task.add_done_callback(partial(self._landed, key, flight))
         return flight
 
     async def _ask(self, key: str, ref: AdapterRef, progress: Progress) -> AdapterVersion:
@@ -219,8 +219,9 @@ class Versions:
         self._remember(key, known)
         return known.version
 
-    def _landed(self, key: str, task: "asyncio.Task[AdapterVersion]") -> None:
-        self._flights.pop(key, None)
+    def _landed(self, key: str, flight: _Flight, task: "asyncio.Task[AdapterVersion]") -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
         if not task.cancelled():
             task.exception()  # every caller may have left; then nobody else asks for it
 

@@ -144,6 +144,22 @@ async def test_a_call_does_not_take_an_answer_that_the_store_gave_too_long_befor
     assert registry.asked == 2
 
 
+async def test_calls_that_come_while_an_older_question_ends_are_answered(shop: Shop) -> None:
+    """One comes in every turn of the loop, so also between the end of a flight and what follows it."""
+    clock, registry = Clock(), AskedRegistry(shop.url)
+    versions = make_versions(shop, registry=registry, clock=clock)
+    published = shop.publish("acme/orders", tag="prod")
+    early = asyncio.create_task(versions.resolve(ORDERS))
+    await until(lambda: registry.asked == 1)
+    registry.may_go_on.set()
+    calls = [early]
+    while not early.done():
+        clock.now += 6
+        calls.append(asyncio.create_task(versions.resolve(ORDERS)))
+        await asyncio.sleep(0)
+    assert {version.digest for version in await asyncio.gather(*calls)} == {published.digest}
+
+
 async def test_a_call_does_not_take_a_failure_of_before_it_came(shop: Shop) -> None:
     clock, registry = Clock(), AskedRegistry(shop.url)
     versions = make_versions(shop, registry=registry, clock=clock)
