@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from loraplex_server.vllm_plugin import CPU_LORA_ENV, CPU_NF4_ENV, WORKER_EXTENSION
+from loraplex_server.engine.vllm_settings import SPIN_COUNT
+from loraplex_server.vllm_plugin import CPU_BF16_ENV, CPU_LORA_ENV, CPU_NF4_ENV, WORKER_EXTENSION
 from loraplex_server.vllm_plugin.worker import process_memory_bytes
 
 KV_CACHE_GIB = 1
@@ -47,7 +48,7 @@ class EngineSpec:
     wrapper: str = "native"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
-    nf4: str = "native"  # LORAPLEX_CPU_NF4, where the base is quantized: "native" or "stock"
+    linear: str = "native"  # LORAPLEX_CPU_BF16 and LORAPLEX_CPU_NF4: "native" or "stock"
     slots: int = 0  # adapters in one batch; 0: as many as there are adapters
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
@@ -138,6 +139,7 @@ def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
         # its answers: with as many cores as threads that polling takes a third of the throughput.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if spec.worker_process else "0",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": SPIN_COUNT,
     }
 
 
@@ -145,7 +147,8 @@ class Engine(Child):
     """A child process with one engine."""
 
     def __init__(self, spec: EngineSpec, *, threads: int) -> None:
-        environment = {CPU_LORA_ENV: spec.wrapper, CPU_NF4_ENV: spec.nf4, "HF_HUB_OFFLINE": "1"}
+        environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
+        environment |= dict.fromkeys((CPU_BF16_ENV, CPU_NF4_ENV), spec.linear)
         if spec.trace_directory:
             environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
         if not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_registry.registry import Registry
 from loraplex_registry.storage.store import open_store
 from loraplex_registry.validation.base import BaseModel
-from loraplex_server.engine.vllm_settings import inner_modules
+from loraplex_server.engine.vllm_settings import SPIN_COUNT, inner_modules
 from loraplex_server.identity.api_keys import make_key
 
 START_S_MAX = 240.0
@@ -47,6 +47,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM's own binding leaves a core out
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in the engine core's process, see README
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": SPIN_COUNT,
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",

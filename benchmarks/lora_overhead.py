@@ -148,7 +148,7 @@ def measure(
         "base_eager": replace(off, wrapper=wrapper),
         # Asked to compile with the pure-torch wrapper, vLLM would neither compile nor use its own fused kernels.
         "ours": replace(on, compile=wrapper == "native", wrapper=wrapper),
-        "stock": replace(on, wrapper="stock", nf4="stock"),
+        "stock": replace(on, wrapper="stock", linear="stock"),
     }
     engines: dict[str, Engine] = {}
     try:

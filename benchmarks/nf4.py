@@ -191,7 +191,7 @@ def measure_engines(shape: Shape, workdir: Path, rounds: int, threads: int) -> l
     """Time whole engines, and compare what they answer and the memory they take."""
     bf16 = EngineSpec(str(ensure_base(shape, workdir)), compile=True, wrapper="grouped")  # LoRA is off: any
     nf4 = replace(bf16, quantization="bitsandbytes")
-    specs = {"ours": nf4, "stock": replace(nf4, nf4="stock"), "bf16": bf16}
+    specs = {"ours": nf4, "stock": replace(nf4, linear="stock"), "bf16": bf16}
     engines: dict[str, Engine] = {}
     try:
         for name, spec in specs.items():

@@ -31,7 +31,7 @@ from loraplex_server.config import AdapterSettings, Config, ModelSettings, Regis
 from loraplex_server.engine.protocol import EngineAdapter, EngineRequest, Sampling
 from loraplex_server.engine.vllm_engine import VllmEngine
 from loraplex_server.metrics import Metrics
-from loraplex_server.vllm_plugin import CPU_LORA_ENV
+from loraplex_server.vllm_plugin import CPU_BF16_ENV, CPU_LORA_ENV
 from loraplex_server.wiring import make_residency
 
 PROMPT_TOKENS = 8
@@ -82,6 +82,7 @@ class ServedEngine(Engine):
     def __init__(self, spec: ServedSpec, *, threads: int) -> None:
         environment = os.environ | {
             CPU_LORA_ENV: spec.wrapper,
+            CPU_BF16_ENV: "stock" if spec.wrapper == "stock" else "native",
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",

@@ -65,12 +65,18 @@ def error_over_bound(case: Case) -> float:
     """Run the kernels on a case and return the largest error as a part of what the bound allows."""
     packed = pack(case.weights)
     y = linear(case.x, packed.memory, case.bias, packed.out_features, packed.group)
-    weight = torch.cat([plain_weight(one) for one in case.weights]).double()
-    x, bias = case.x.double(), 0.0 if case.bias is None else case.bias.double()
-    exact, size = x @ weight.t() + bias, x.abs() @ weight.abs().t() + abs(bias)
-    sums = packed.in_features + 1
+    return worst_over_bound(y, case.x, torch.cat([plain_weight(one) for one in case.weights]), case.bias)
+
+
+def worst_over_bound(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> float:
+    """Return the largest error of y (rows, outputs) as a part of what the bound allows; weight is (outputs, inputs)."""
+    x, weight, added = x.double(), weight.double(), 0.0 if bias is None else bias.double()
+    exact, size = x @ weight.t() + added, x.abs() @ weight.abs().t() + abs(added)
+    sums = weight.shape[1] + 1
     relative = sums * 2.0**-24 / (1 - sums * 2.0**-24)
-    allowed = relative * size * (1 + 2.0**-8) + 2.0**-8 * exact.abs() + packed.in_features * 2.0**-120
+    allowed = relative * size * (1 + 2.0**-8) + 2.0**-8 * exact.abs() + weight.shape[1] * 2.0**-120
     return float(((y.double() - exact).abs() / allowed).max())
 
 

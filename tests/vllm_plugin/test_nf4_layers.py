@@ -172,6 +172,7 @@ def test_the_choice_decides_whether_the_plugin_is_changed(monkeypatch, choice):
     installed = []
     monkeypatch.setattr(vllm_plugin, "_install_nf4", lambda: installed.append(True))
     monkeypatch.setenv(vllm_plugin.CPU_NF4_ENV, choice)
-    monkeypatch.setenv(vllm_plugin.CPU_LORA_ENV, "stock")  # the two choices are independent
+    monkeypatch.setenv(vllm_plugin.CPU_LORA_ENV, "stock")  # the choices are independent
+    monkeypatch.setenv(vllm_plugin.CPU_BF16_ENV, "stock")
     register()
     assert bool(installed) == (choice == "native")

@@ -16,6 +16,9 @@ Importing this module does nothing and imports neither torch nor vLLM. Environme
     that cannot have it does not start. ``grouped``: rows grouped by adapter in pure torch, over vLLM's own slots.
     ``stock`` leaves vLLM's wrapper in place; it exists for benchmarks and for the test that shows the fault, and the
     loraplex server refuses to serve with it.
+``LORAPLEX_CPU_BF16``
+    ``native`` (default) or ``stock``: whether the linear layers of a bf16 base run on our kernels (`cpu.bf16_layers`)
+    or as vLLM has them. Without a compiler or AVX-512-BF16, or with AMX, it is stock, with a line in the log.
 ``LORAPLEX_CPU_NF4``
     ``native`` (default) or ``stock``: whether the linear layers of an NF4 base run on our kernels (`cpu.nf4_layers`)
     or as vLLM's bitsandbytes plugin has them. Without a compiler or AVX-512-BF16 it is stock, with a line in the log.
@@ -28,6 +31,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 CPU_LORA_ENV: Final = "LORAPLEX_CPU_LORA"
+CPU_BF16_ENV: Final = "LORAPLEX_CPU_BF16"
 CPU_NF4_ENV: Final = "LORAPLEX_CPU_NF4"
 GROUPED_WRAPPER: Final = "loraplex_server.vllm_plugin.punica.GroupedPunicaWrapper"
 NATIVE_WRAPPER: Final = "loraplex_server.vllm_plugin.cpu.layers.ModuleLora"
@@ -47,7 +51,7 @@ class PluginHookError(RuntimeError):
 
 
 def register() -> None:
-    """Install the guard of grammars in this process; on CPU also our LoRA, plain ranking and NF4.
+    """Install the guard of grammars in this process; on CPU also our LoRA, linear layers and plain ranking.
 
     Calling it again is harmless.
 
@@ -56,11 +60,14 @@ def register() -> None:
 
     """
     choice = _choice(CPU_LORA_ENV, "", "native", "grouped", "stock")
-    nf4 = _choice(CPU_NF4_ENV, "native", "stock")
+    bf16, nf4 = (_choice(variable, "native", "stock") for variable in (CPU_BF16_ENV, CPU_NF4_ENV))
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and nf4 == "native":
-        _install_nf4()
+    if current_platform.is_cpu():
+        if bf16 == "native":
+            _install_bf16()
+        if nf4 == "native":
+            _install_nf4()
     if choice == "stock":
         return
     _guard_grammars()
@@ -80,6 +87,20 @@ def _choice(variable: str, default: str, *others: str) -> str:
         allowed = " or ".join(map(repr, filter(None, (default, *others))))
         raise PluginHookError(f"{variable}={chosen!r} is unknown: set it to {allowed}, or not at all")
     return chosen
+
+
+def _install_bf16() -> None:
+    try:
+        from vllm.model_executor.layers import utils
+
+        from loraplex_server.vllm_plugin.cpu.bf16_layers import install as install_bf16
+
+        install_bf16(utils)
+    except (ImportError, AttributeError) as error:
+        raise PluginHookError(
+            f"vLLM's choice of a linear layer's kernel is not where it was ({error}): use the version loraplex pins, "
+            f"or set {CPU_BF16_ENV}=stock"
+        ) from error
 
 
 def _install_nf4() -> None:

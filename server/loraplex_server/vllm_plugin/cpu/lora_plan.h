@@ -17,7 +17,7 @@ namespace {
 constexpr double READ_NS = 0.08;    // a byte of weights from memory, one thread
 constexpr double ROW_NS = 0.006;    // the same byte multiplied with one row
 constexpr double UNIT_NS = 4000;    // what a thread takes at a time
-constexpr double WAKE_NS = 12000;   // work that makes waking a thread worth while
+constexpr double WAKE_NS = 3000;     // what sharing a call with other threads costs while they are awake
 constexpr int64_t UNIT_ROWS = 64;   // rows a thread takes at a time, at most
 constexpr int64_t UNIT_RANKS = 8;   // ranks it takes at least, so that words of t have one writer
 constexpr int64_t YIELD_TURNS = 256;  // waits of some 20 ns
@@ -143,9 +143,10 @@ struct Shared {
 
 void work_shared(void* shared) { work(static_cast<Shared*>(shared)->table, static_cast<Shared*>(shared)->call); }
 
-// Waking a sleeping thread takes about WAKE_NS, so a call gets as many threads as it can keep busy for longer.
+// Sharing a call with other threads costs about WAKE_NS. It gets all of them or none: GNU's runtime ends the threads that
+// a smaller team leaves over, and starts new ones for the next.
 void run(Table& table, const Call& call, double cost) {
-    const int64_t threads = larger(1, smaller(omp_get_max_threads(), int64_t(cost / WAKE_NS)));
+    const int64_t threads = cost < 2 * WAKE_NS ? 1 : omp_get_max_threads();
     Counters& counters = *table.counters;
     counters.shrink = counters.shrunk = counters.expand = 0;
     if (threads == 1) return work(table, call);

@@ -28,8 +28,9 @@ import torch
 
 from loraplex_server.vllm_plugin.cpu import many_rows
 from loraplex_server.vllm_plugin.cpu.build import library
+from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
-SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h"))
+SOURCES: Final = (*(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h")), HEADER)
 GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
 STRIP_BYTES: Final = (
     1 << 22
@@ -57,9 +58,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     ),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
-_OPERATORS: list[
-    torch.library.Library
-] = []  # kept for the life of the process: an operator goes with its library
 
 
 class NotNF4Error(ValueError):
@@ -98,7 +96,7 @@ def load() -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    _define()
+    _OPERATOR.define(linear, _like_linear)
     return loaded
 
 
@@ -175,14 +173,11 @@ def linear(
         NotNF4Error: types or sizes that do not fit.
 
     """
-    in_features = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
-        raise NotNF4Error(f"x and bias must be bf16, not {x.dtype}, {None if bias is None else bias.dtype}")
-    if bias is not None and (bias.shape != (out_features,) or bias.stride(0) != 1):
-        raise NotNF4Error(f"bias of {tuple(bias.shape)} for {out_features} outputs")
+    try:
+        rows = checked_rows(x, bias, out_features)
+    except ValueError as error:
+        raise NotNF4Error(str(error)) from None
+    in_features = rows.shape[1]
     if memory.numel() != _packed_bytes(out_features, in_features, group):
         raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
@@ -236,16 +231,9 @@ def _like_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _define() -> None:
-    if _OPERATORS:
-        return
-    operators = torch.library.Library("loraplex", "FRAGMENT")
-    operators.define(
-        "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group) -> Tensor"
-    )
-    operators.impl("nf4_linear", linear, "CPU")
-    torch.library.register_fake("loraplex::nf4_linear", _like_linear, lib=operators)
-    _OPERATORS.append(operators)
+_OPERATOR: Final = Operator(
+    "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group) -> Tensor"
+)
 
 
 def _check(error: int) -> None:

@@ -1,0 +1,129 @@
+"""Linear layers of a bf16 base (`bf16.cpp`), and the operator that torch may compile around.
+
+    memory = pack(weight)                                          # (outputs, inputs), once
+    y = torch.ops.loraplex.bf16_linear(x, memory, bias, outputs)
+
+Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once. A row's result is the same to the bit
+whatever rows are beside it and on any number of threads. The packed weight takes the memory of the original, outputs
+padded to a multiple of 32. With few rows a step reads each weight once from memory; oneDNN, which vLLM uses, reaches
+half of what memory gives there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from loraplex_server.vllm_plugin.cpu.build import library
+from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
+
+SOURCES: Final = (Path(__file__).with_name("bf16.cpp"), HEADER)
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "lp_bf16_supported": (_INT, ()),
+    "lp_bf16_values": (_LONG, (_LONG, _LONG)),
+    "lp_bf16_pack": (_INT, (_POINTER, _POINTER, _LONG, _LONG)),
+    "lp_bf16_linear": (_INT, (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG)),
+}
+_MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
+
+
+class NotBf16Error(ValueError):
+    """The weight or the rows are not what these kernels compute with."""
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Build the kernels if need be, load them and make the operator.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+
+    """
+    loaded = ctypes.CDLL(str(library(SOURCES)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    _OPERATOR.define(linear, _like_linear)
+    return loaded
+
+
+def supported() -> bool:
+    """Whether this processor has AVX-512-BF16.
+
+    Raises:
+        BuildError: the kernels cannot be built, so it cannot be asked.
+
+    """
+    return platform.machine() == "x86_64" and bool(load().lp_bf16_supported())
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` (outputs, inputs), bf16, in the kernels' order, as one row of bf16.
+
+    Raises:
+        NotBf16Error: another type or number of dimensions, or an odd number of inputs.
+
+    """
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2:
+        raise NotBf16Error(f"a weight of {weight.dtype} and {weight.dim()} dimensions")
+    values = _packed_values(*weight.shape)
+    if values < 0:
+        raise NotBf16Error(f"a weight of {tuple(weight.shape)}")
+    memory = torch.empty(values, dtype=torch.bfloat16)
+    source = weight.contiguous()
+    _check(load().lp_bf16_pack(memory.data_ptr(), source.data_ptr(), *weight.shape))
+    return memory
+
+
+@cache
+def _packed_values(out_features: int, in_features: int) -> int:
+    return int(load().lp_bf16_values(out_features, in_features))
+
+
+def linear(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """Return x (..., in_features) times the packed weight, plus bias (out_features); all bf16.
+
+    Raises:
+        NotBf16Error: types or sizes that do not fit.
+
+    """
+    try:
+        rows = checked_rows(x, bias, out_features)
+    except ValueError as error:
+        raise NotBf16Error(str(error)) from None
+    in_features = rows.shape[1]
+    if memory.dtype != torch.bfloat16 or memory.numel() != _packed_values(out_features, in_features):
+        raise NotBf16Error(f"{memory.numel()} values are no weight of {out_features} x {in_features}")
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
+    _check(
+        load().lp_bf16_linear(
+            y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
+            None if bias is None else bias.data_ptr(), rows.shape[0], out_features, in_features,
+        )
+    )  # fmt: skip
+    return y
+
+
+def _like_linear(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """Say for tracing what comes out."""
+    del memory, bias
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_OPERATOR: Final = Operator("bf16_linear(Tensor x, Tensor memory, Tensor? bias, int out_features) -> Tensor")
+
+
+def _check(error: int) -> None:
+    if error:
+        raise NotBf16Error(_MESSAGES.get(error, f"error {error}"))
