@@ -23,7 +23,6 @@ round.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import mmap
 import sys
@@ -35,6 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from benchmarks import options
 from benchmarks.models import INIT_STD, SHAPES, Shape
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
 from loraplex_server.vllm_plugin.cpu import ops
@@ -281,17 +281,13 @@ def measure(rounds: int) -> list[Measurement]:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser("benchmarks.kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    found = measure(options.rounds)
-    print("\n".join(map(as_line, found)) if options.json else as_table(found), flush=True)
-    if options.save:
-        save("kernels", {"rounds": options.rounds, "threads": options.threads}, found)
+    given = options.parser("kernels", __doc__, rounds=7).parse_args()
+    rounds = 2 if given.quick else given.rounds
+    torch.set_num_threads(given.threads)
+    found = measure(rounds)
+    print("\n".join(map(as_line, found)) if given.json else as_table(found), flush=True)
+    if given.save:
+        save("kernels", {"rounds": rounds, "threads": given.threads}, found)
 
 
 if __name__ == "__main__":

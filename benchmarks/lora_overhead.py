@@ -3,11 +3,12 @@
     python -m benchmarks.lora_overhead [--json] [--base bf16|nf4|both] [--model 0.5b|tiny] [--rounds N] [--quick]
     [--wrapper native|grouped] [--save]
 
-Four engines of one base are alive at once: `base` (LoRA off, compiled: what all ratios are held against),
-`base_eager` (the same, not compiled), `ours` (LoRA on, our path, compiled) and `stock` (LoRA on, vLLM's own
-wrapper, for which vLLM switches compilation off). A round asks each for each case, in turn; ratios are taken
-within a round. Decode: 16 sequences at once, prompts of 8 tokens, tokens per second over all of them, prompts
-included, rows of different adapters interleaved. Prefill: one prompt of 600 tokens, one new token.
+Four engines of one base are alive at once: `base` (LoRA off, compiled: what our ratios are held against), `ours`
+(LoRA on, our path, compiled), and vLLM as it is, without our kernels: `vllm` (LoRA off, compiled) and `stock`
+(LoRA on, vLLM's own wrapper, for which vLLM switches compilation off), whose ratios are held against `vllm`. All
+have the same threads. A round asks each for each case, in turn; ratios are taken within a round. Decode: 16
+sequences at once, prompts of 8 tokens, tokens per second over all of them, prompts included, rows of different
+adapters interleaved. Prefill: one prompt of 600 tokens, one new token.
 
 The whole is then done again on the base in NF4 (names begin with ``nf4_``); a ratio's target there is the bf16
 ratio of the same run, less 0.03.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
@@ -71,12 +72,14 @@ RATIOS = (
     ("mixed16_r16_all_ratio", "ours_mixed16_r16_all", "base", 0.82),
     ("mixed16_vs_stock", "ours_mixed16_r16_all", "stock_mixed16_r16_all", 3.2),
     ("prefill_ratio", "ours_prefill", "base_prefill", 0.92),
-    ("base_eager_ratio", "base_eager", "base", None),
-    ("stock_idle_ratio", "stock_idle", "base", None),
-    ("stock_mixed8_qv_r8_ratio", "stock_mixed8_qv_r8", "base", None),
-    ("stock_one_r16_all_ratio", "stock_one_r16_all", "base", None),
-    ("stock_mixed16_r16_all_ratio", "stock_mixed16_r16_all", "base", None),
-    ("stock_prefill_ratio", "stock_prefill", "base_prefill", None),
+    ("mixed16_vs_vllm_off", "ours_mixed16_r16_all", "vllm", None),
+    ("base_vs_vllm_off", "base", "vllm", None),
+    ("base_prefill_vs_vllm_off", "base_prefill", "vllm_prefill", None),
+    ("stock_idle_ratio", "stock_idle", "vllm", None),
+    ("stock_mixed8_qv_r8_ratio", "stock_mixed8_qv_r8", "vllm", None),
+    ("stock_one_r16_all_ratio", "stock_one_r16_all", "vllm", None),
+    ("stock_mixed16_r16_all_ratio", "stock_mixed16_r16_all", "vllm", None),
+    ("stock_prefill_ratio", "stock_prefill", "vllm_prefill", None),
 )
 
 
@@ -87,8 +90,7 @@ def make_cases(new_tokens: int) -> list[Case]:
     mixed16 = tuple(row % ALL_LINEAR for row in range(ROWS))
 
     def decode(name: str, rows: tuple[int | None, ...], rounds: int | None = None) -> Case:
-        engine = "base_eager" if name == "base_eager" else name.partition("_")[0]
-        return Case(name, engine, rows, PROMPT_TOKENS, new_tokens, rounds)
+        return Case(name, name.partition("_")[0], rows, PROMPT_TOKENS, new_tokens, rounds)
 
     def prefill(engine: str, row: int | None, rounds: int | None = None) -> Case:
         return Case(f"{engine}_prefill", engine, (row,), PREFILL_TOKENS, 1, rounds)
@@ -105,7 +107,8 @@ def make_cases(new_tokens: int) -> list[Case]:
         decode("ours_mixed16_r16_all", mixed16),
         prefill("ours", 0),
         prefill("base", None),
-        decode("base_eager", nobody, FEW_ROUNDS),
+        decode("vllm", nobody),
+        prefill("vllm", None, FEW_ROUNDS),
         decode("stock_idle", nobody, FEW_ROUNDS),
         decode("stock_mixed8_qv_r8", mixed8, 1),
         decode("stock_one_r16_all", (0,) * ROWS, 1),
@@ -145,7 +148,7 @@ def measure(
     on = replace(off, adapters=tuple(map(str, adapters)))
     specs = {
         "base": replace(off, compile=True, wrapper=wrapper),
-        "base_eager": replace(off, wrapper=wrapper),
+        "vllm": replace(off, compile=True, wrapper="stock", linear="stock"),
         # Asked to compile with the pure-torch wrapper, vLLM would neither compile nor use its own fused kernels.
         "ours": replace(on, compile=wrapper == "native", wrapper=wrapper),
         "stock": replace(on, wrapper="stock", linear="stock"),
@@ -187,42 +190,36 @@ def as_nf4(measurements: Sequence[Measurement], bf16: Sequence[Measurement]) -> 
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    options = _parser().parse_args()
+    given = _parser().parse_args()
     settings: dict[str, Any] = {
-        "rounds": 2 if options.quick else options.rounds,
-        "new_tokens": 6 if options.quick else NEW_TOKENS,
-        "threads": options.threads,
-        "wrapper": options.wrapper,
+        "rounds": 2 if given.quick else given.rounds,
+        "new_tokens": 6 if given.quick else NEW_TOKENS,
+        "threads": given.threads,
+        "wrapper": given.wrapper,
     }
-    shape = SHAPES[options.model]
+    shape = SHAPES[given.model]
     measurements: list[Measurement] = []
     engines: dict[str, Any] = {}
-    for kind in ("bf16", "nf4") if options.base == "both" else (options.base,):
-        found, engines[kind] = measure(shape, options.workdir, nf4=kind == "nf4", **settings)
+    for kind in ("bf16", "nf4") if given.base == "both" else (given.base,):
+        found, engines[kind] = measure(shape, given.workdir, nf4=kind == "nf4", **settings)
         if kind == "nf4":
             found = as_nf4(found, measurements)
         if shape.name == "tiny":  # the bars are about the other shape
             found = [replace(one, name=f"tiny_{one.name}", target=None) for one in found]
         measurements += found
-        if options.json:
+        if given.json:
             print("\n".join(map(as_line, found)), flush=True)
-    if not options.json:
+    if not given.json:
         print(as_table(measurements))
-    if options.save:
-        save("lora_overhead", settings | {"base": options.base, "engines": engines}, measurements)
+    if given.save:
+        save("lora_overhead", settings | {"base": given.base, "engines": engines}, measurements)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.lora_overhead", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
+    parser = options.parser("lora_overhead", __doc__, rounds=5)
     parser.add_argument("--base", choices=["bf16", "nf4", "both"], default="both")
-    parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/lora_overhead.json")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
+    options.add_model(parser)
+    options.add_wrapper(parser)
     return parser
 
 

@@ -22,13 +22,13 @@ pages once. Three questions:
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base, linked_copies, size_bytes
 from benchmarks.report import Measurement, as_line, as_table, save
@@ -147,19 +147,15 @@ def _ratio(name: str, value: float, target: float) -> Measurement:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser("benchmarks.memory", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
-    parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/memory.json")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
-    options = parser.parse_args()
-    settings = {"threads": options.threads, "wrapper": options.wrapper}
-    measurements = measure(SHAPES[options.model], options.workdir, **settings)
-    print("\n".join(map(as_line, measurements)) if options.json else as_table(measurements))
-    if options.save:
-        save("memory", {"model": options.model, **settings}, measurements)
+    parser = options.parser("memory", __doc__)
+    options.add_model(parser)
+    options.add_wrapper(parser)
+    given = parser.parse_args()
+    settings = {"threads": given.threads, "wrapper": given.wrapper}
+    measurements = measure(SHAPES[given.model], given.workdir, **settings)
+    print("\n".join(map(as_line, measurements)) if given.json else as_table(measurements))
+    if given.save:
+        save("memory", {"model": given.model, **settings}, measurements)
     sys.stdout.flush()
 
 

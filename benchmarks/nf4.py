@@ -2,19 +2,18 @@
 
     python -m benchmarks.nf4 [--json] [--part layers|engines|both] [--rounds N] [--quick] [--save]
 
-Layers: all linear layers of the 0.5B shape, once through for 1, 16 and 600 rows, three ways in turn in one process;
-weights are all distinct, so that a step finds none of them in a cache. `bf16` is what vLLM runs an unquantized base
-with (oneDNN), and what NF4 weights unpacked once for all would be: the memory of each is told beside its speed. The
-machine's limits are measured in the same run: reading memory, and the largest product of matrices that oneDNN does.
+Layers: all linear layers of the 0.5B shape, once through for 1, 16 and 600 rows, four ways in turn in one process;
+weights are all distinct, so that a step finds none of them in a cache. `bf16` is our kernels for an unquantized base,
+`onednn` what vLLM runs one with, and both what NF4 weights unpacked once for all would be: the memory of each is told
+beside its speed. The machine's limits are measured in the same run: reading memory, and the largest product of
+matrices that oneDNN does.
 Engines: the whole engine, three alive at once, one at a time running: 16 sequences and one, and a prompt of 600.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +23,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_base
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
+from loraplex_server.vllm_plugin.cpu import bf16
 from loraplex_server.vllm_plugin.cpu.nf4 import Quantized, linear, pack
 
 ROWS = (1, 16, 600)
-WAYS = ("ours", "stock", "bf16")
+WAYS = ("ours", "stock", "bf16", "onednn")
 LONG_ROUNDS = 5  # of passes with 600 rows, which take seconds
 LIMIT_BYTES = 1 << 30
 LIMIT_PRODUCT = (1024, 4096, 4096)  # rows, columns and depth that show what arithmetic the machine can do
@@ -63,7 +64,7 @@ def make_layer(outs: Sequence[int], in_features: int) -> Layer:
     packed = pack(
         [Quantized(codes, state.absmax, tuple(state.shape), state.blocksize) for codes, state in parts]
     )
-    handler = ops.create_onednn_mm(exact.t(), 32)
+    handler, panels = ops.create_onednn_mm(exact.t(), 32), bf16.pack(exact)
     total = sum(outs)
 
     def stock(x: torch.Tensor) -> torch.Tensor:  # as the plugin's `_apply_bnb_4bit`
@@ -80,9 +81,15 @@ def make_layer(outs: Sequence[int], in_features: int) -> Layer:
         {
             "ours": lambda x: linear(x, packed.memory, None, total, packed.group),
             "stock": stock,
-            "bf16": lambda x: ops.onednn_mm(handler, x, None),
+            "bf16": lambda x: bf16.linear(x, panels, None, total),
+            "onednn": lambda x: ops.onednn_mm(handler, x, None),
         },
-        {"ours": packed.memory.numel(), "stock": stock_bytes, "bf16": 2 * exact.numel()},
+        {
+            "ours": packed.memory.numel(),
+            "stock": stock_bytes,
+            "bf16": 2 * panels.numel(),
+            "onednn": 2 * exact.numel(),
+        },
         exact,
     )
 
@@ -118,7 +125,7 @@ def measure_layers(shape: Shape, rounds: int) -> list[Measurement]:
         times = time_ways(layers, inputs, min(rounds, LONG_ROUNDS) if n_rows > 16 else rounds)
         for way in WAYS:
             found.append(summarize(f"layers{n_rows}_{way}_ms", [1e3 * one for one in times[way]], "ms"))
-        for other in ("stock", "bf16"):
+        for other in WAYS[1:]:
             ratios = [a / b for a, b in zip(times[other], times["ours"], strict=True)]
             found.append(summarize(f"layers{n_rows}_vs_{other}", ratios, "x faster"))
         for way in WAYS:
@@ -189,9 +196,11 @@ class Limits:
 
 def measure_engines(shape: Shape, workdir: Path, rounds: int, threads: int) -> list[Measurement]:
     """Time whole engines, and compare what they answer and the memory they take."""
-    bf16 = EngineSpec(str(ensure_base(shape, workdir)), compile=True, wrapper="grouped")  # LoRA is off: any
-    nf4 = replace(bf16, quantization="bitsandbytes")
-    specs = {"ours": nf4, "stock": replace(nf4, linear="stock"), "bf16": bf16}
+    unquantized = EngineSpec(
+        str(ensure_base(shape, workdir)), compile=True, wrapper="grouped"
+    )  # LoRA is off: any
+    nf4 = replace(unquantized, quantization="bitsandbytes")
+    specs = {"ours": nf4, "stock": replace(nf4, linear="stock"), "bf16": unquantized}
     engines: dict[str, Engine] = {}
     try:
         for name, spec in specs.items():
@@ -262,34 +271,28 @@ def time_engines(engines: Mapping[str, Engine], rounds: int) -> list[Measurement
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser("benchmarks.nf4", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
+    parser = options.parser("nf4", __doc__, rounds=7)
     parser.add_argument("--part", choices=["layers", "engines", "both"], default="both")
-    parser.add_argument("--model", choices=list(SHAPES), default="0.5b")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="2 rounds: a look, not figures")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/nf4.json")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
-    options = parser.parse_args()
-    shape, rounds = SHAPES[options.model], 2 if options.quick else options.rounds
-    torch.set_num_threads(options.threads)
+    options.add_model(parser)
+    given = parser.parse_args()
+    shape, rounds = SHAPES[given.model], 2 if given.quick else given.rounds
+    torch.set_num_threads(given.threads)
     found: list[Measurement] = []
     parts: dict[str, Callable[[], list[Measurement]]] = {
         "layers": lambda: measure_layers(shape, rounds),
-        "engines": lambda: measure_engines(shape, options.workdir, rounds, options.threads),
+        "engines": lambda: measure_engines(shape, given.workdir, rounds, given.threads),
     }
     for part, measure in parts.items():
-        if options.part in (part, "both"):
+        if given.part in (part, "both"):
             figures = measure()
             found += figures
-            if options.json:
+            if given.json:
                 print("\n".join(map(as_line, figures)), flush=True)
-    if not options.json:
+    if not given.json:
         print(as_table(found))
-    if options.save:
+    if given.save:
         settings: dict[str, Any] = {
-            "rounds": rounds, "threads": options.threads, "model": options.model, "part": options.part
+            "rounds": rounds, "threads": given.threads, "model": given.model, "part": given.part
         }  # fmt: skip
         save("nf4", settings, found)
 

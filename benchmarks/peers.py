@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.llamacpp_peer import HOME, LlamaServer, ensure_gguf, is_built
 from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base
@@ -134,37 +134,31 @@ def summarize_rates(rates: dict[str, list[float]], prefix: str) -> list[Measurem
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    options = _parser().parse_args()
+    given = _parser().parse_args()
     settings = {
-        "model": options.model,
-        "rounds": 2 if options.quick else options.rounds,
-        "new_tokens": 6 if options.quick else 32,
-        "threads": options.threads,
+        "model": given.model,
+        "rounds": 2 if given.quick else given.rounds,
+        "new_tokens": 6 if given.quick else 32,
+        "threads": given.threads,
     }
-    shape = SHAPES[options.model]
+    shape = SHAPES[given.model]
     with running(
-        shape, options.workdir, wrapper=options.wrapper, threads=options.threads, llamacpp=options.llamacpp
+        shape, given.workdir, wrapper=given.wrapper, threads=given.threads, llamacpp=given.llamacpp
     ) as peers:
         told = {name: peer.started for name, peer in peers.items()}
         print(told, file=sys.stderr)
         rates = run_rounds(peers, rounds=settings["rounds"], new_tokens=settings["new_tokens"])
     measurements = summarize_rates(rates, "" if shape.name == "0.5b" else f"{shape.name}_")
-    print("\n".join(map(as_line, measurements)) if options.json else as_table(measurements))
-    if options.save:
+    print("\n".join(map(as_line, measurements)) if given.json else as_table(measurements))
+    if given.save:
         save("peers", settings | {"peers": told}, measurements)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
-    parser.add_argument("--model", choices=[*SHAPES], default="0.5b")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 6 tokens: a look, not figures")
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each peer")
+    parser = options.parser("peers", __doc__, rounds=5)
+    options.add_model(parser)
+    options.add_wrapper(parser)
     parser.add_argument("--llamacpp", type=Path, default=HOME, help="where llama.cpp was built")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/peers.json")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
     return parser
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.engines import Child
+from loraplex_server.engine.vllm_settings import SPIN_COUNT
 
 BASE_ROW = "__base__"  # PEFT's own name for a row without adapter
 
@@ -39,6 +40,7 @@ class PeftPeer(Child):
         environment = {
             "OMP_NUM_THREADS": str(spec.threads),
             "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": SPIN_COUNT,
             "HF_HUB_OFFLINE": "1",
         }
         super().__init__(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
 
 from benchmarks.report import RESULTS
 from benchmarks.table import as_markdown, load_results, make_rows
+from loraplex_server.engine.vllm_settings import SPIN_COUNT
 
 BENCHMARKS = (
     "registry_io",
@@ -27,10 +29,10 @@ BENCHMARKS = (
     "swap_stall",
     "peers",
     "memory",
-    "nf4",
 )
 LIMIT_S = 3600  # of one benchmark
 TABLE_JSON = "table.json"
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT}  # as in a server
 
 
 def run(names: list[str]) -> list[str]:
@@ -40,7 +42,7 @@ def run(names: list[str]) -> list[str]:
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}", "--save"]
         try:
-            subprocess.run(command, check=True, timeout=LIMIT_S)
+            subprocess.run(command, check=True, timeout=LIMIT_S, env=THREADS | os.environ)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)

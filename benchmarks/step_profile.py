@@ -15,7 +15,6 @@ multiplications at the rate of a large bf16 product. Both are measured here, bef
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import re
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_adapters, ensure_base, size_bytes
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
@@ -220,22 +220,16 @@ def as_step_table(measurements: Sequence[Measurement]) -> str:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser("benchmarks.step_profile", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines on stdout and nothing else")
+    parser = options.parser("step_profile", __doc__, rounds=3)
     parser.add_argument("--base", choices=["bf16", "nf4"], default="bf16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--wrapper", choices=["native", "grouped"], default="native", help="our path on CPU")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each engine")
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/step_profile[_nf4].json"
-    )
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks")
-    options = parser.parse_args()
-    settings = {"rounds": options.rounds, "threads": options.threads, "wrapper": options.wrapper}
-    nf4 = options.base == "nf4"
-    found = measure(SHAPES["0.5b"], options.workdir, nf4=nf4, **settings)
-    print("\n".join(map(as_line, found)) if options.json else as_step_table(found))
-    if options.save:
+    options.add_wrapper(parser)
+    given = parser.parse_args()
+    rounds = 1 if given.quick else given.rounds
+    settings = {"rounds": rounds, "threads": given.threads, "wrapper": given.wrapper}
+    nf4 = given.base == "nf4"
+    found = measure(SHAPES["0.5b"], given.workdir, nf4=nf4, **settings)
+    print("\n".join(map(as_line, found)) if given.json else as_step_table(found))
+    if given.save:
         save("step_profile" + ("_nf4" if nf4 else ""), settings, found)
     sys.stdout.flush()
 

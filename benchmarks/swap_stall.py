@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks import options
 from benchmarks.frontend_servers import ensure_servable
 from benchmarks.models import SHAPES, ensure_adapters
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
@@ -92,36 +92,26 @@ def _windows(engines: dict[str, ServedEngine], *, rounds: int, tokens: int, load
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    options = _parser().parse_args()
+    given = _parser().parse_args()
     settings = {
-        "rounds": 1 if options.quick else options.rounds,
-        "tokens": 60 if options.quick else options.tokens,
-        "loads": 4 if options.quick else 8,
-        "threads": options.threads,
-        "stock": options.stock,
-        "eager": not options.compile,
+        "rounds": 1 if given.quick else given.rounds,
+        "tokens": 60 if given.quick else given.tokens,
+        "loads": 4 if given.quick else 8,
+        "threads": given.threads,
+        "stock": given.stock,
+        "eager": not given.compile,
     }
-    found = measure(options.workdir, **settings)
-    print("\n".join(map(as_line, found)) if options.json else as_table(found))
-    if options.save:
+    found = measure(given.workdir, **settings)
+    print("\n".join(map(as_line, found)) if given.json else as_table(found))
+    if given.save:
         save("swap_stall", settings, found)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap_stall", description=__doc__)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="of a warm and a cold window each (default 5)")
+    parser = options.parser("swap_stall", __doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=120, help="of each stream of a window (default 120)")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
-    parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--no-stock", dest="stock", action="store_false", help="ours alone")
     parser.add_argument("--compile", action="store_true", help="with torch.compile where LoRA allows it")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/swap_stall.json")
-    parser.add_argument(
-        "--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks", help="for models"
-    )
     return parser
 
 

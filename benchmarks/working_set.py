@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks import options
 from benchmarks.frontend_servers import ensure_servable
 from benchmarks.models import SHAPES, ensure_adapters
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
@@ -75,35 +75,25 @@ def _turns(engines: dict[str, ServedEngine], *, rounds: int, calls: int, tokens:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    options = _parser().parse_args()
+    given = _parser().parse_args()
     settings = {
-        "rounds": 1 if options.quick else options.rounds,
-        "calls": 32 if options.quick else 64,
-        "tokens": 6 if options.quick else 24,
-        "threads": options.threads,
-        "stock": options.stock,
-        "eager": not options.compile,
+        "rounds": 1 if given.quick else given.rounds,
+        "calls": 32 if given.quick else 64,
+        "tokens": 6 if given.quick else 24,
+        "threads": given.threads,
+        "stock": given.stock,
+        "eager": not given.compile,
     }
-    found = measure(options.workdir, **settings)
-    print("\n".join(map(as_line, found)) if options.json else as_table(found))
-    if options.save:
+    found = measure(given.workdir, **settings)
+    print("\n".join(map(as_line, found)) if given.json else as_table(found))
+    if given.save:
         save("working_set", settings, found)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.working_set", description=__doc__)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of all sizes (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
-    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser = options.parser("working_set", __doc__, rounds=3)
     parser.add_argument("--no-stock", dest="stock", action="store_false", help="ours alone")
     parser.add_argument("--compile", action="store_true", help="with torch.compile where LoRA allows it")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/working_set.json")
-    parser.add_argument(
-        "--workdir", type=Path, default=Path(tempfile.gettempdir()) / "loraplex-benchmarks", help="for models"
-    )
     return parser
 
 
