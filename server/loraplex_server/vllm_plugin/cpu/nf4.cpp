@@ -14,8 +14,10 @@ struct Nf4 {
 
   ISA void few(const uint32_t* x, int64_t rows, int64_t number, float* sums) const {
     const __m512 table = _mm512_loadu_ps(code);
+    const int64_t stride = panel_bytes(k, group), groups = k / group;
+    if (rows <= kTwo) return kTwoOfFew[rows](x, panel(2 * number), stride, groups, group, sums, table);
     for (int half = 0; half < 2; ++half)
-      kPanelsOfFew[rows](x, panel(2 * number + half), k / group, group, sums + kPanel * half, table);
+      kOneOfFew[rows](x, panel(2 * number + half), stride, groups, group, sums + kPanel * half, table);
   }
 
   struct Pair {

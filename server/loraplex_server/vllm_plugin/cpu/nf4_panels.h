@@ -52,29 +52,43 @@ ISA inline void unpack(const uint8_t* src, int64_t groups, int64_t group, uint16
   }
 }
 
-// Few rows: sums (rows, 16) of one panel, weights going from the lookup into the products without memory between.
-// What one chain of sums costs a single row has not been measured.
-template <int R>
-ISA void panel_of_few(const uint32_t* x, const uint8_t* src, int64_t groups, int64_t group, float* sums, __m512 code) {
-  __m512 acc[R];
-  for (auto& one : acc) one = _mm512_setzero_ps();
+// Few rows: sums (rows, 16 P) of P panels that lie `stride` bytes apart, weights going from the lookup into the products
+// without memory between. Two panels at once are for so few rows that one sum would wait for the last.
+template <int R, int P>
+ISA void panels_of_few(const uint32_t* x, const uint8_t* src, int64_t stride, int64_t groups, int64_t group, float* sums,
+                       __m512 code) {
+  __m512 acc[P][R];
+  for (auto& panel : acc)
+    for (auto& one : panel) one = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
-    const Scales scales = load_scales(src);
+    Scales scales[P];
+    for (int p = 0; p < P; ++p) scales[p] = load_scales(src + p * stride);
     src += 64;
     for (int64_t step = 0; step < group; step += kStep, src += 64, x += 4 * R) {
-      _mm_prefetch((const char*)src + kAhead, _MM_HINT_T0);
+      for (int p = 0; p < P; ++p) _mm_prefetch((const char*)src + p * stride + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m512bh w = weights(src, q, code, scales);
+      for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          const __m512bh w = weights(src + p * stride, q, code, scales[p]);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)_mm512_set1_epi32(x[q * R + r]), w);
-      }
+          for (int r = 0; r < R; ++r)
+            acc[p][r] = _mm512_dpbf16_ps(acc[p][r], (__m512bh)_mm512_set1_epi32(x[q * R + r]), w);
+        }
     }
   }
-  for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kDouble, acc[r]);
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kDouble + p * kPanel, acc[p][r]);
 }
 
-using PanelOfFew = void (*)(const uint32_t*, const uint8_t*, int64_t, int64_t, float*, __m512);
-constexpr PanelOfFew kPanelsOfFew[kFew + 1] = {nullptr, panel_of_few<1>, panel_of_few<2>, panel_of_few<3>, panel_of_few<4>, panel_of_few<5>, panel_of_few<6>, panel_of_few<7>, panel_of_few<8>, panel_of_few<9>, panel_of_few<10>, panel_of_few<11>, panel_of_few<12>, panel_of_few<13>, panel_of_few<14>, panel_of_few<15>, panel_of_few<16>};
+using PanelsOfFew = void (*)(const uint32_t*, const uint8_t*, int64_t, int64_t, int64_t, float*, __m512);
+constexpr int64_t kTwo = 4;  // rows up to which two panels go at once
+constexpr PanelsOfFew kTwoOfFew[kTwo + 1] = {nullptr, panels_of_few<1, 2>, panels_of_few<2, 2>, panels_of_few<3, 2>,
+                                             panels_of_few<4, 2>};
+constexpr PanelsOfFew kOneOfFew[kFew + 1] = {
+    nullptr,              panels_of_few<1, 1>,  panels_of_few<2, 1>,  panels_of_few<3, 1>,  panels_of_few<4, 1>,
+    panels_of_few<5, 1>,  panels_of_few<6, 1>,  panels_of_few<7, 1>,  panels_of_few<8, 1>,  panels_of_few<9, 1>,
+    panels_of_few<10, 1>, panels_of_few<11, 1>, panels_of_few<12, 1>, panels_of_few<13, 1>, panels_of_few<14, 1>,
+    panels_of_few<15, 1>, panels_of_few<16, 1>};
 
 }  // namespace
