@@ -150,7 +150,25 @@ def test_compilation_stays_on_with_lora_and_the_settings_are_put_back(platform):
     lora = config.lora_config
     platform.check_and_update_config(config)
     assert (config.mode, config.lora_config, platform.asked) == ("compile", lora, platform)
-    assert len(config.additional_config["loraplex"]) == 64
+
+
+def test_settings_with_other_layers_of_ours_are_other_settings_to_what_was_compiled(monkeypatch):
+    def told(*choices: str, amx: bool = False) -> str:
+        platform = type("OurPlatform", (Platform,), {})
+        monkeypatch.setattr(compiling.many_rows, "useful", lambda _dtype: amx)
+        compiling._fingerprint.cache_clear()
+        compiling.tell_apart(platform, choices)
+        once = platform.check_and_update_config
+        compiling.tell_apart(platform, choices)
+        assert platform.check_and_update_config == once
+        config = engine_config(lora_config=None)
+        platform.check_and_update_config(config)
+        assert platform.asked is platform
+        return str(config.additional_config["loraplex"])
+
+    found = [told("native", "native"), told("native", "stock"), told("native", "native", amx=True)]
+    assert len(set(found)) == 3
+    assert told("native", "native") == found[0]
 
 
 def test_compiled_graphs_on_disk_are_found_by_a_hash_of_our_code_and_can_be_read_back():

@@ -63,7 +63,10 @@ def register() -> None:
     bf16, nf4 = (_choice(variable, "native", "stock") for variable in (CPU_BF16_ENV, CPU_NF4_ENV))
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and (choice, bf16, nf4) != ("stock",) * 3:
+        from loraplex_server.vllm_plugin.cpu.compiling import tell_apart
+
+        tell_apart(type(current_platform), (choice, bf16, nf4))
         if bf16 == "native":
             _install_bf16()
         if nf4 == "native":

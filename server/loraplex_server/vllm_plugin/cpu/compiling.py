@@ -8,7 +8,8 @@ for this alone, which a test asserts.
 
 vLLM writes what was compiled to disk, but on CPU fails to read it back, and compiles at every start: it asks what it
 loaded to finish loading, which only the form it uses on GPUs knows. `reuse_compiled` gives the CPU's form that method.
-The graph on disk holds the numbers of modules; it is found by a hash of the settings, into which our code's own goes.
+The graph on disk holds what our layers were when it was made: numbers of modules, and by which operator each is
+computed. It is found by a hash of the settings; `tell_apart` puts our code, its choices and the processor into those.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
+
+from loraplex_server.vllm_plugin.cpu import bf16, many_rows
+from loraplex_server.vllm_plugin.cpu.build import BuildError
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
+
+IN_THE_GRAPH: Final = (
+    "manager.py", "layers.py", "ops.py", "panels.py", "bf16.py", "bf16_layers.py", "nf4.py", "nf4_layers.py",
+)  # fmt: skip
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
@@ -38,7 +48,6 @@ def keep_compiling(platform: Any) -> None:
         if lora is None or reason_against_native(vllm_config) or not _can_compile():
             original.__func__(cls, vllm_config)
             return
-        vllm_config.additional_config = {**vllm_config.additional_config, "loraplex": _fingerprint()}
         vllm_config.lora_config = None
         try:
             original.__func__(cls, vllm_config)
@@ -66,11 +75,42 @@ def _nothing_left(_compiled: Any, _vllm_config: Any) -> None:
     """All is loaded."""
 
 
+def tell_apart(platform: Any, choices: Sequence[str]) -> None:
+    """Have the same settings with other layers of ours count as other settings. Again is harmless.
+
+    Args:
+        platform: the class of vLLM's current platform, a CPU one; its `check_and_update_config` is wrapped.
+        choices: what decides which of our layers an engine gets.
+
+    """
+    original = platform.check_and_update_config
+    if getattr(original, "tells_apart", False):
+        return
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        ours = {"loraplex": _fingerprint(tuple(choices))}
+        vllm_config.additional_config = {**vllm_config.additional_config, **ours}
+        original.__func__(cls, vllm_config)
+
+    check_and_update_config.tells_apart = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
 @functools.cache
-def _fingerprint() -> str:
-    """Return a hash of the code that decides what a compiled graph holds of ours."""
-    parts = (Path(__file__).with_name(name).read_bytes() for name in ("manager.py", "layers.py", "ops.py"))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def _fingerprint(choices: tuple[str, ...]) -> str:
+    """Return a hash of the code that decides what a compiled graph holds of ours, and of what it decides by."""
+    digest = hashlib.sha256(repr((choices, _linear_layers())).encode())
+    for name in IN_THE_GRAPH:
+        digest.update(hashlib.sha256(Path(__file__).with_name(name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _linear_layers() -> str:
+    """Whether this machine can have ours, or why not: a cache may be shared by several machines."""
+    try:
+        return f"{bf16.supported()} {many_rows.useful(torch.bfloat16)}"
+    except BuildError as error:
+        return str(error)
 
 
 def _can_compile() -> bool:

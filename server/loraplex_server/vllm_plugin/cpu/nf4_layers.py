@@ -34,7 +34,7 @@ def install(method: Any) -> None:
         AttributeError: the class has not the methods it had.
 
     """
-    if hasattr(method, "loraplex_stock_apply"):
+    if "loraplex_stock_apply" in vars(method):
         return
     stock_apply, stock_process = method._apply_4bit_weight, method.process_weights_after_loading
     taken = list(inspect.signature(stock_apply).parameters)
