@@ -47,7 +47,7 @@ KINDS = {
     "lora": r"loraplex::add_lora",
     "logits": r"in .*postprocess",
     "sampling": r"in .*(sample|bookkeep)",
-    "linear": r"onednn_mm|::(mm|addmm|linear|bmm|baddbmm)$|gemm|gemv|4bit|nf4",
+    "linear": r"onednn_mm|bf16_linear|::(mm|addmm|linear|bmm|baddbmm)$|gemm|gemv|4bit|nf4",
     "attention": r"attention|attn|kv_cache|slot_mapping|scheduler_metadata",
     "norm, rotary, activation": r"CompiledFxGraph|rms_norm|silu|rotary|embedding",
     OTHER: r"^\w+::",
