@@ -24,6 +24,7 @@ from loraplex_registry.errors import UnsupportedAdapterError
 from loraplex_server.engine.staging_client import StagingClient
 from loraplex_server.errors import AdapterNotReadyError, EngineUnavailableError
 from loraplex_server.vllm_plugin.cpu import staging
+from loraplex_server.vllm_plugin.cpu.pace import Pace
 from loraplex_server.vllm_plugin.cpu.staging import Staging
 from loraplex_server.vllm_plugin.cpu.staging_wire import (
     LINE_BYTES_MAX,
@@ -39,17 +40,12 @@ class Made:
     n_bytes: int
 
 
-def _nice() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
 @dataclass
 class Blocks:
     """The store, and a reader that reads what it is told to."""
 
     kept: dict[int, Made] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
-    nice: list[int] = field(default_factory=list)  # of the thread, when it begins and when it ends
     at_once: int = 0
     at_once_most: int = 0
     may_go_on: threading.Event = field(default_factory=threading.Event)
@@ -68,14 +64,12 @@ class Blocks:
 
     def make(self, path: str, pause: Callable[[], None]) -> Made:
         self.read.append(Path(path).name)
-        self.nice.append(_nice())
         self.at_once += 1
         self.at_once_most = max(self.at_once, self.at_once_most)
         try:
             body = (Path(path) / "weights").read_bytes()
             while not self.may_go_on.wait(0.001):
                 pause()
-            self.nice.append(_nice())
             if body == b"bad":
                 raise ValueError("these are no weights")
             if body == b"bug":
@@ -119,7 +113,9 @@ async def rig(place: Path, tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 @contextlib.asynccontextmanager
-async def started(place: Path, root: Path, *, gentle_s: float = 5.0, peer_pid: int = 0) -> AsyncIterator[Rig]:
+async def started(
+    place: Path, root: Path, *, pace: Pace | None = None, peer_pid: int = 0
+) -> AsyncIterator[Rig]:
     blocks = Blocks()
     service = Staging(
         place,
@@ -127,7 +123,7 @@ async def started(place: Path, root: Path, *, gentle_s: float = 5.0, peer_pid: i
         store=blocks,
         peer_pid=peer_pid or os.getpid(),
         roots=[str(root)],
-        gentle_s=gentle_s,
+        pace=pace or Pace(),
     )
     service.start()
     client = await StagingClient.connect(place)
@@ -214,40 +210,23 @@ async def test_one_that_is_dropped_while_it_is_made_is_given_up(rig: Rig) -> Non
     assert await rig.client.staged() == {2}
 
 
-async def test_it_yields_to_the_engine_at_first_and_not_for_ever(place: Path, tmp_path: Path) -> None:
-    async with started(place, tmp_path, gentle_s=0.05) as rig:
-        assert await rig.client.stage(1, rig.adapter("quick")) == 4
-        assert rig.blocks.nice == [staging.NICE] * 2
-        rig.blocks.may_go_on.clear()  # as a thread that gets no core
-        slow = asyncio.create_task(rig.client.stage(2, rig.adapter("slow")))
-        await asyncio.sleep(0.2)
-        rig.blocks.may_go_on.set()
-        assert await slow == 4
-        assert rig.blocks.nice[2:] == [staging.NICE, _nice()]
-        assert await rig.client.stage(3, rig.adapter("next")) == 4
-        assert rig.blocks.nice[4:] == [staging.NICE] * 2
-        assert rig.blocks.read == ["quick", "slow", "next"]
+async def test_while_the_engine_is_in_a_step_nothing_is_made(place: Path, tmp_path: Path) -> None:
+    pace = Pace(patience_s=5)
+    async with started(place, tmp_path, pace=pace) as rig:
+        assert await rig.client.stage(1, rig.adapter("before")) == 4
+        with pace.step():
+            during = asyncio.create_task(rig.client.stage(2, rig.adapter("during")))
+            await asyncio.sleep(0.1)
+            assert rig.blocks.read == ["before"]
+            assert not during.done()
+        assert await during == 4
 
 
-async def test_where_a_thread_may_not_hurry_another_one_does(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    really = os.setpriority
-
-    def unprivileged(which: int, who: int, priority: int) -> None:
-        if priority < os.getpriority(which, who):
-            raise PermissionError
-        really(which, who, priority)
-
-    monkeypatch.setattr(os, "setpriority", unprivileged)
-    async with started(place, tmp_path, gentle_s=0.05) as rig:
-        rig.blocks.may_go_on.clear()
-        slow = asyncio.create_task(rig.client.stage(1, rig.adapter("slow")))
-        await until(lambda: rig.blocks.read == ["slow", "slow"])
-        rig.blocks.may_go_on.set()
-        assert await slow == 4
-        assert rig.blocks.nice[:2] == [staging.NICE, _nice()]  # where the two began
-        assert await rig.client.stage(2, rig.adapter("next")) == 4
+async def test_an_adapter_comes_in_however_long_a_step_is(place: Path, tmp_path: Path) -> None:
+    pace = Pace(patience_s=0.02)
+    async with started(place, tmp_path, pace=pace) as rig:
+        with pace.step():
+            assert await rig.client.stage(1, rig.adapter("slow")) == 4
 
 
 async def test_no_more_wait_than_may(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,16 @@
-"""Where native mode enters vLLM: three places, each checked to be what this was written for.
+"""Where native mode enters vLLM: four places, each checked to be what this was written for.
 
 * ``lora_model_runner_mixin.LRUCacheWorkerLoRAManager``, which the model runner makes: a function that makes ours.
 * ``CpuPlatform.check_and_update_config``: see `compiling`.
 * ``EngineCore.preprocess_add_request``, on the thread that takes requests in: an adapter that no step could use without
   reading it first is read there, so that the step does not, and one that cannot be read fails its request alone. (vLLM
   reads it within the step, where a failure ends the engine.) The request takes the block with it.
+* ``Worker.execute_model``, a step: see `pace`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from typing import Any
@@ -19,6 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from loraplex_server.vllm_plugin.cpu.blocks import STAGED
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
 from loraplex_server.vllm_plugin.cpu.compiling import keep_compiling, reuse_compiled
+from loraplex_server.vllm_plugin.cpu.pace import PACE
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
@@ -38,6 +41,7 @@ def install(platform: Any, *, required: bool) -> None:
     """
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import lora_model_runner_mixin as mixin
+    from vllm.v1.worker.gpu_worker import Worker
 
     keep_compiling(platform)
     reuse_compiled()
@@ -49,6 +53,10 @@ def install(platform: Any, *, required: bool) -> None:
     if not hasattr(take_in, "stages_adapters"):
         _expect(take_in, "request")
         EngineCore.preprocess_add_request = _staging(take_in)
+    step = Worker.execute_model
+    if not hasattr(step, "keeps_pace"):
+        _expect(step, "scheduler_output")
+        Worker.execute_model = _paced(step)
 
 
 def _expect(function: Any, *names: str) -> None:
@@ -90,6 +98,16 @@ def _staging(take_in: Any) -> Any:
 
     preprocess_add_request.stages_adapters = True  # type: ignore[attr-defined]
     return preprocess_add_request
+
+
+def _paced(step: Any) -> Any:
+    @functools.wraps(step)
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        with PACE.step():
+            return step(self, scheduler_output)
+
+    execute_model.keeps_pace = True  # type: ignore[attr-defined]
+    return execute_model
 
 
 def _bound(manager: Any, wanted: Any) -> BoundRequest:

@@ -6,9 +6,8 @@ a step, and no step waits for it.
 
 Promises: only the process that it was told of is listened to, as the kernel names it; only paths below the given roots
 are read, once links are resolved; at most QUEUE_MAX adapters wait, and what is malformed ends the connection; one
-adapter is made at a time, on a thread that yields the cores to the engine (`nice` 19) for GENTLE_S seconds and then
-does not any more: an adapter comes in however busy the cores are. A dropped one is not made any further. A failure is
-the answer to one question and nothing else.
+adapter is made at a time, between the engine's steps (`pace`). A dropped one is not made any further. A failure is the
+answer to one question and nothing else.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
 
+from loraplex_server.vllm_plugin.cpu.pace import PACE, Pace
 from loraplex_server.vllm_plugin.cpu.staging_wire import (
     LINE_BYTES_MAX,
     SOCKET_NAME,
@@ -39,12 +38,6 @@ QUEUE_MAX: Final = 256
 
 CONNECTIONS_MAX: Final = 4
 """Connections at the same time; the server needs one."""
-
-GENTLE_S: Final = 0.25
-"""For so long the thread that makes an adapter yields, in seconds."""
-
-NICE: Final = 19
-"""Of the thread that yields. A thread of nice 0 leaves it 1.5 % of a core that both want."""
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
@@ -79,7 +72,7 @@ Read = Callable[[str, Callable[[], None]], B]
 
 
 class _StopError(Exception):
-    """The block that is being made is not wanted any more, or not on this thread."""
+    """The block that is being made is not wanted any more."""
 
 
 class Staging(Generic[B]):
@@ -93,7 +86,7 @@ class Staging(Generic[B]):
         store: Store[B],
         peer_pid: int,
         roots: Sequence[str],
-        gentle_s: float = GENTLE_S,
+        pace: Pace = PACE,
     ) -> None:
         """Begin with a socket that does not listen yet.
 
@@ -103,19 +96,18 @@ class Staging(Generic[B]):
             store: takes them.
             peer_pid: the process that may ask.
             roots: directories below which adapters may lie.
-            gentle_s: see GENTLE_S.
+            pace: says when to go on.
         """
         self._directory = directory
         self._read = read
         self._store = store
         self._peer = (peer_pid, os.geteuid())
         self._roots = [Path(root) for root in roots]
-        self._gentle_s = gentle_s
+        self._pace = pace
         self._lock = threading.Lock()
         self._coming: set[int] = set()  # asked for, not yet in the store and not dropped
         self._jobs: queue.Queue[tuple[Question, _Line]] = queue.Queue(QUEUE_MAX)
         self._places = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self._gentle = ThreadPoolExecutor(1, thread_name_prefix="stage-gently")
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
@@ -140,7 +132,6 @@ class Staging(Generic[B]):
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-        self._gentle.shutdown(wait=False, cancel_futures=True)
 
     def _listen(self) -> None:
         assert self._listener is not None
@@ -211,13 +202,15 @@ class Staging(Generic[B]):
             line.send(reply)
 
     def _make(self, question: Question) -> int:
-        attempt = _Attempt(lambda: self._go_on(question.adapter_id))
         path = self._allowed(question.path)
-        making = self._gentle.submit(attempt.run, lambda: self._read(path, attempt.pause))
-        if not wait([making], self._gentle_s).done and not attempt.hurry():
-            block = self._read(path, attempt.go_on)
-        else:
-            block = making.result()
+
+        def pause() -> None:
+            self._go_on(question.adapter_id)
+            self._pace.turn()
+
+        with self._pace.making():
+            pause()
+            block = self._read(path, pause)
         with self._lock:
             self._go_on(question.adapter_id)
             self._store.put(question.adapter_id, block)
@@ -239,37 +232,6 @@ class Staging(Generic[B]):
         ):
             raise PermissionError("the path is outside of where this server keeps adapters")
         return path
-
-
-class _Attempt:
-    """One adapter being made on a thread that yields, until it is told to hurry."""
-
-    def __init__(self, go_on: Callable[[], None]) -> None:
-        self.go_on = go_on
-        self._thread = 0
-        self._given_up = threading.Event()
-
-    def run(self, make: Callable[[], B]) -> B:
-        """Make it on this thread."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        self._thread = threading.get_native_id()
-        self.pause()
-        return make()
-
-    def pause(self) -> None:
-        """Stop if nobody wants it from this thread any more."""
-        self.go_on()
-        if self._given_up.is_set():
-            raise _StopError
-
-    def hurry(self) -> bool:
-        """Take the yielding back; False when this process may not (RLIMIT_NICE): then the attempt ends soon."""
-        with contextlib.suppress(OSError):
-            if self._thread:  # else the thread is still at one that was given up
-                os.setpriority(os.PRIO_PROCESS, self._thread, os.getpriority(os.PRIO_PROCESS, 0))
-                return True
-        self._given_up.set()
-        return False
 
 
 class _Line:
