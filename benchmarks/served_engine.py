@@ -243,7 +243,10 @@ class Served:
 
     def _leases(self) -> Any:
         residency = self._residency or make_residency(
-            self._spec.config(), engine=self._engine, source=_Directories(self._spec), events=Metrics(tenants_max=1)
+            self._spec.config(),
+            engine=self._engine,
+            source=_Directories(self._spec),
+            events=Metrics(tenants_max=1),
         )
         self._residency = residency
 

@@ -55,14 +55,14 @@ def test_pieces_are_made_between_steps_and_steps_wait_for_a_share_of_their_time_
 
 
 def test_a_step_waits_for_nobody_when_nothing_is_made() -> None:
-    pace = Pace(share=1000, least_s=1000)
+    pace = Pace(share=1000, least_s=1000, rest_s=1000)
     maker = Maker(pace, pieces=0)
     for _ in range(3):
         assert step(pace, maker, 0) < 1
 
 
 def test_a_step_after_a_rest_does_not_wait_for_an_adapter_that_is_being_made() -> None:
-    pace = Pace(share=0, least_s=0.05, patience_s=10)
+    pace = Pace(share=0, least_s=0.05, rest_s=0.05, patience_s=10)
     maker = Maker(pace, pieces=10_000)
     step(pace, maker, 0)
     time.sleep(0.1)
@@ -73,7 +73,7 @@ def test_a_step_after_a_rest_does_not_wait_for_an_adapter_that_is_being_made() -
 
 
 def test_a_step_goes_on_when_the_adapter_is_there() -> None:
-    pace = Pace(share=1000, least_s=1000, patience_s=10)
+    pace = Pace(share=1000, least_s=1000, rest_s=1000, patience_s=10)
     maker = Maker(pace, pieces=5)
     step(pace, maker, 0)
     maker.start()
@@ -87,6 +87,14 @@ def test_a_turn_does_not_wait_for_ever() -> None:
         started = time.monotonic()
         pace.turn()
         assert time.monotonic() - started >= 0.01
+
+
+def test_in_the_short_time_between_two_steps_nothing_is_made_unless_the_engine_waits() -> None:
+    pace = Pace(rest_s=0.2, patience_s=10)
+    step(pace, Maker(pace, 0), 0)
+    started = time.monotonic()
+    pace.turn()
+    assert time.monotonic() - started >= 0.19
 
 
 def test_a_step_that_fails_is_over() -> None:

@@ -18,7 +18,9 @@ yield. A request that the engine has taken in holds its block until it ends, wha
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -99,7 +101,7 @@ def build(
         layers: the wrapped modules, numbered as in the kernels' table.
         weights: per layer and slice, None where the adapter does not touch it.
         dtype: torch.bfloat16 or torch.float32, what the kernels multiply in.
-        pause: called after each matrix.
+        pause: called after each matrix, on each of the two threads that share the work.
 
     Raises:
         ValueError: weights are not of their layer's shape.
@@ -109,15 +111,22 @@ def build(
     if not places:
         return EMPTY
     memory = REGIONS.take(size)
-    pieces = []
-    for place in places:
-        a = memory[place.a_offset :][: place.low.a.numel() * dtype.itemsize].view(dtype)
-        b = memory[place.b_offset :][: place.b_bytes]
-        _copy(a, place.low.a.t() if layers[place.module].kind == "embedding" else place.low.a)
-        pack_b(kernel_library(), b, _cast(place.low.b, dtype), place.low.scale)
-        pieces.append(Piece(place.module, place.slice, len(place.low.a), a.data_ptr(), b.data_ptr()))
-        pause()
-    return AdapterBlock(Binding.of(pieces, keep=memory), size)
+
+    def fill(some: Sequence[_Place]) -> list[Piece]:
+        pieces = []
+        for place in some:
+            a = memory[place.a_offset :][: place.low.a.numel() * dtype.itemsize].view(dtype)
+            b = memory[place.b_offset :][: place.b_bytes]
+            _copy(a, place.low.a.t() if layers[place.module].kind == "embedding" else place.low.a)
+            pack_b(kernel_library(), b, _cast(place.low.b, dtype), place.low.scale)
+            pieces.append(Piece(place.module, place.slice, len(place.low.a), a.data_ptr(), b.data_ptr()))
+            pause()
+        return pieces
+
+    half = bisect_left(places, size // 2, key=lambda place: place.a_offset)
+    with ThreadPoolExecutor(1, thread_name_prefix="loraplex-build") as helper:
+        second = helper.submit(fill, places[half:])
+        return AdapterBlock(Binding.of([*fill(places[:half]), *second.result()], keep=memory), size)
 
 
 def _lay_out(
