@@ -6,8 +6,8 @@
     with PACE.step():              # on the engine's thread, around each step
 
 Promises: a step waits for an adapter only while one is being made, and then for no more than `share` of the time that
-the last step took, or `least_s`; an engine that has rested for `rest_s` waits for nothing, and adapters are made at full
-speed beside it. A turn waits `patience_s` at most: an adapter comes in however long a step is.
+the last step took, or `least_s`; an engine that has rested for `rest_s` waits for nothing, and adapters are made at
+full speed beside it. A turn waits `patience_s` at most: an adapter comes in however long a step is.
 
 Why not by the scheduler: a thread of low priority gets next to nothing of cores that both work on a step; and what it
 gets, at a moment of the scheduler's choice, all threads of the step wait for. Between steps the engine's thread is busy
