@@ -5,8 +5,8 @@
 
 Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once. A row's result is the same to the bit
 whatever rows are beside it and on any number of threads. The packed weight takes the memory of the original, outputs
-padded to a multiple of 32. With few rows a step reads each weight once from memory; oneDNN, which vLLM uses, reaches
-half of what memory gives there.
+padded to a multiple of 32. With few rows each weight is read once from memory; docs/performance.md has the figures,
+beside those of oneDNN, which vLLM uses.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Adapters read, checked, cast and packed in the worker's process while the engine goes on, asked for over a socket.
 
 `Staging` listens on a Unix socket (`staging_wire`) in a directory that only the server's user may enter. Asked for an
-adapter it has a reader make a block of it, and puts that into a store where requests find it; nothing of this waits for
-a step, and no step waits for it.
+adapter it has a reader make a block of it, and puts that into a store where requests find it. Questions are taken at any
+time; the making takes turns with the engine's steps, which wait for it a little (`pace`).
 
 Promises: only the process that it was told of is listened to, as the kernel names it; only paths below the given roots
 are read, once links are resolved; at most QUEUE_MAX adapters wait, and what is malformed ends the connection; one
-adapter is made at a time, between the engine's steps (`pace`). A dropped one is not made any further. A failure is the
+adapter is made at a time. A dropped one is not made any further. A failure is the
 answer to one question and nothing else.
 """
 
