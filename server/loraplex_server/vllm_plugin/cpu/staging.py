@@ -1,8 +1,8 @@
 """Adapters read, checked, cast and packed in the worker's process while the engine goes on, asked for over a socket.
 
 `Staging` listens on a Unix socket (`staging_wire`) in a directory that only the server's user may enter. Asked for an
-adapter it has a reader make a block of it, and puts that into a store where requests find it. Questions are taken at any
-time; the making takes turns with the engine's steps, which wait for it a little (`pace`).
+adapter it has a reader make a block of it, and puts that into a store where requests find it. Questions are taken at
+any time; the making takes turns with the engine's steps, which wait for it a little (`pace`).
 
 Promises: only the process that it was told of is listened to, as the kernel names it; only paths below the given roots
 are read, once links are resolved; at most QUEUE_MAX adapters wait, and what is malformed ends the connection; one
