@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.guard import Guard
 from loraplex_server.engine.vllm_settings import SPIN_COUNT
 from loraplex_server.vllm_plugin import CPU_BF16_ENV, CPU_LORA_ENV, CPU_NF4_ENV, WORKER_EXTENSION
 from loraplex_server.vllm_plugin.worker import process_memory_bytes
@@ -70,6 +71,7 @@ class Child:
             text=True,
             start_new_session=True,  # a process group of its own, to be stopped as a whole
         )
+        self._guard = Guard(self._process.pid)
         self.started = self._receive()
         self._signal(signal.SIGSTOP)
 
@@ -114,6 +116,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+        self._guard.release()
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None

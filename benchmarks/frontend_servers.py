@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.guard import Guard
 from benchmarks.models import Shape, ensure_base
 from loraplex_examples.tiny_base import Recipe, ensure_tiny_base
 from loraplex_registry.registry import Registry
@@ -262,6 +263,7 @@ def _process(
             | dict(environment),
             start_new_session=True,
         )
+    guard = Guard(process.pid)
     try:
         yield process
     finally:
@@ -273,5 +275,6 @@ def _process(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        guard.release()
         if process.stdout is not None:
             process.stdout.close()

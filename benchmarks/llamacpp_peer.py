@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.guard import Guard
+
 HOME = Path(__file__).parents[1] / ".llamacpp"  # where `make llamacpp-setup` puts it
 START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 30
@@ -81,6 +83,7 @@ class LlamaServer:
         # Threads that spin between its many small products: twice as fast with one row at a time as threads that sleep.
         environment = {**os.environ, "OMP_WAIT_POLICY": "ACTIVE"}
         self._process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True, env=environment)
+        self._guard = Guard(self._process.pid)
         self._await_health()
         self.started = {"package": (home / "VERSION").read_text().strip(), "quantization": QUANTIZATION}
         self._rows = ThreadPoolExecutor(rows)
@@ -105,6 +108,7 @@ class LlamaServer:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+        self._guard.release()
 
     def _complete(self, row: int | None, request: dict[str, Any]) -> list[int]:
         body = {

@@ -79,7 +79,7 @@ def make_layer(outs: Sequence[int], in_features: int) -> Layer:
         in_features,
         total,
         {
-            "ours": lambda x: linear(x, packed.memory, None, total, packed.group),
+            "ours": lambda x: linear(x, packed.memory, None, total, packed.group, packed.int8),
             "stock": stock,
             "bf16": lambda x: bf16.linear(x, panels, None, total),
             "onednn": lambda x: ops.onednn_mm(handler, x, None),

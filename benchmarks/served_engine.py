@@ -12,9 +12,7 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -23,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from benchmarks.engines import KV_CACHE_GIB, Engine
+from benchmarks.engines import KV_CACHE_GIB, Child
 from loraplex_registry.registry import StagedAdapter
 from loraplex_server.adapters.residency import Residency
 from loraplex_server.adapters.versions import AdapterVersion
@@ -76,27 +74,20 @@ class ServedSpec:
         )
 
 
-class ServedEngine(Engine):
-    """A child process; see `benchmarks.engines.Engine`."""
+class ServedEngine(Child):
+    """A child process with the server's engine object."""
 
     def __init__(self, spec: ServedSpec, *, threads: int) -> None:
-        environment = os.environ | {
+        environment = {
             CPU_LORA_ENV: spec.wrapper,
             CPU_BF16_ENV: "stock" if spec.wrapper == "stock" else "native",
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.served_engine", json.dumps(asdict(spec))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            start_new_session=True,
+        super().__init__(
+            [sys.executable, "-m", "benchmarks.served_engine", json.dumps(asdict(spec))], environment
         )
-        self.started = self._receive()
-        self._signal(signal.SIGSTOP)
 
 
 class StockEngine(VllmEngine):

@@ -9,6 +9,16 @@ element:
 
 where of u only u |y| can occur: the result is rounded once. The last term is for numbers below 2**-126, which the
 processor's bf16 products take for zero; values here are below 64.
+
+**In eight bits** the weight and the rows are rounded first, by a definition that needs no tolerance: within a group of
+inputs, x becomes s q with s = max |x| / 127 and q = rint(x (127 / max |x|)) in fp32, a weight absmax rint(127 TABLE) /
+127. The kernels are held to the product of these, whose G = K / group terms are exact until they are scaled (three
+roundings) and added up:
+
+    |error of y| <= ((1 + g(G + 4)) (1 + u) - 1) (|s q| |W| + |bias|) + K 2**-110
+
+and the rounding to ``|x - s q| <= s (1/2 + 2**-14)``, ``|W - absmax TABLE| <= absmax / 254 (1 + 2**-20)``. The last
+term is for groups that are all below 1e-36, which count as zero.
 """
 
 from __future__ import annotations
@@ -61,29 +71,61 @@ def plain_weight(one: Quantized) -> torch.Tensor:
     return (TABLE[codes] * scales).bfloat16().view(one.shape)
 
 
-def error_over_bound(case: Case) -> float:
+def weight_in_bytes(one: Quantized) -> torch.Tensor:
+    """Return the weight (outputs, inputs) in float64 as the products in eight bits have it."""
+    codes = torch.stack([one.codes >> 4, one.codes & 15], dim=1).flatten().long()
+    scales = one.absmax.double().repeat_interleave(one.block)[: codes.numel()]
+    return ((TABLE * 127).round().double()[codes] / 127 * scales).view(one.shape)
+
+
+def rows_in_bytes(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows (rows, inputs) in float64 as the products in eight bits have them, and one step of each value."""
+    groups = x.float().unflatten(1, (-1, group))
+    most = groups.abs().amax(2, keepdim=True)
+    # Not 127 / most, which torch takes for most.reciprocal() * 127; round() takes ties to even, as rint does.
+    steps = torch.where(most < 1e-36, 0.0, groups * torch.full_like(most, 127).div(most)).round()
+    size = torch.where(most < 1e-36, 0.0, most.double() / 127)
+    return (steps.double() * size).flatten(1), size.expand_as(groups).flatten(1)
+
+
+def error_over_bound(case: Case, *, int8: bool = False) -> float:
     """Run the kernels on a case and return the largest error as a part of what the bound allows."""
-    packed = pack(case.weights)
-    y = linear(case.x, packed.memory, case.bias, packed.out_features, packed.group)
-    return worst_over_bound(y, case.x, torch.cat([plain_weight(one) for one in case.weights]), case.bias)
+    packed = pack(case.weights, int8=int8)
+    y = linear(case.x, packed.memory, case.bias, packed.out_features, packed.group, int8)
+    if not int8:
+        weight = torch.cat([plain_weight(one) for one in case.weights])
+        return worst_over_bound(y, case.x, weight, case.bias)
+    x, _ = rows_in_bytes(case.x, packed.group)
+    weight = torch.cat([weight_in_bytes(one) for one in case.weights])
+    terms = packed.in_features // packed.group + 3
+    return worst_over_bound(y, x, weight, case.bias, terms=terms, tiny=2.0**-110)
 
 
 def worst_over_bound(
-    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    terms: int | None = None,
+    tiny: float = 2.0**-120,
 ) -> float:
-    """Return the largest error of y (rows, outputs) as a part of what the bound allows; weight is (outputs, inputs)."""
+    """Return the largest error of y (rows, outputs) as a part of what the bound allows; weight is (outputs, inputs).
+
+    `terms` are added up in fp32, as many as there are inputs if not told; `tiny` may be lost of each input.
+    """
     x, weight, added = x.double(), weight.double(), 0.0 if bias is None else bias.double()
     exact, size = x @ weight.t() + added, x.abs() @ weight.abs().t() + abs(added)
-    sums = weight.shape[1] + 1
+    sums = (terms or weight.shape[1]) + 1
     relative = sums * 2.0**-24 / (1 - sums * 2.0**-24)
-    allowed = relative * size * (1 + 2.0**-8) + 2.0**-8 * exact.abs() + weight.shape[1] * 2.0**-120
+    allowed = relative * size * (1 + 2.0**-8) + 2.0**-8 * exact.abs() + weight.shape[1] * tiny
     return float(((y.double() - exact).abs() / allowed).max())
 
 
-def run_nf4_cases(seed: int, count: int) -> float:
+def run_nf4_cases(seed: int, count: int, *, int8: bool = False) -> float:
     """Return the worst of `count` cases; names the case that is worst so far when it breaks the bound."""
     worst = 0.0
     for number in range(count):
-        worst = max(worst, error_over_bound(random_case(np.random.default_rng([seed, number]))))
+        worst = max(worst, error_over_bound(random_case(np.random.default_rng([seed, number])), int8=int8))
         assert worst <= 1, f"case {number} of seed {seed} is {worst} times as wrong as may be"
     return worst

@@ -24,8 +24,7 @@ STOCK_APPLY = getattr(
 )
 
 
-@pytest.fixture
-def method():
+def hooked(*, int8=False):
     """The plugin's method with our hook, as a class of its own: the process's is left alone."""
 
     class Method(BitsAndBytesLinearMethod):
@@ -34,15 +33,20 @@ def method():
         def process_weights_after_loading(self, layer):
             """As vLLM's."""
 
-    install(Method)
+    install(Method, int8=int8)
     return Method(SimpleNamespace(load_in_8bit=False))
+
+
+@pytest.fixture
+def method():
+    return hooked()
 
 
 @pytest.fixture(autouse=True)
 def asked_afresh():
-    nf4_layers._usable.cache_clear()
+    nf4_layers._products.cache_clear()
     yield
-    nf4_layers._usable.cache_clear()
+    nf4_layers._products.cache_clear()
 
 
 def loaded_layer(outs, in_features, *, quant_type="nf4", blocksize=64):
@@ -86,7 +90,7 @@ def test_a_packed_layer_computes_as_the_plugin_does(method, dtype):
     x, bias = torch.randn(2, 5, 128).to(dtype), torch.randn(176).to(dtype)
     stock = method.apply(layer, x, bias)
     method.process_weights_after_loading(layer)
-    assert getattr(layer, PACKED) == (176, 64)
+    assert getattr(layer, PACKED) == (176, 64, False)
     assert not hasattr(layer.weight, "bnb_quant_state")
     assert layer.weight.numel() <= before["memory"] + 16 * 64 * 3 + 64  # 176 outputs are padded to 192
     ours = method.apply(layer, x, bias)
@@ -95,6 +99,28 @@ def test_a_packed_layer_computes_as_the_plugin_does(method, dtype):
     assert ours.shape == (2, 5, 176)
     assert (ours - exact).abs().max() <= (stock - exact).abs().max()
     assert torch.allclose(ours.float(), stock.float(), rtol=2**-6, atol=0.1)
+
+
+@pytest.mark.usefixtures("nf4_here")
+def test_in_eight_bits_a_layer_is_a_percent_from_the_plugin():
+    if not nf4.supported(int8=True):
+        pytest.skip("this processor has no AVX-512-VNNI")
+    layer, weight = loaded_layer((96, 40), 1024)
+    method, x = hooked(int8=True), torch.randn(7, 1024).bfloat16()
+    method.process_weights_after_loading(layer)
+    assert getattr(layer, PACKED) == (136, 64, True)
+    exact = x.double() @ weight.double().t()
+    assert 0 < (method.apply(layer, x) - exact).norm() / exact.norm() < 0.012
+
+
+@pytest.mark.usefixtures("nf4_here")
+def test_without_eight_bit_products_the_layer_computes_in_bf16_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(nf4, "supported", lambda *, int8=False: not int8)
+    layer, _ = loaded_layer((64,), 128)
+    with caplog.at_level(logging.INFO, "vllm.loraplex"):
+        hooked(int8=True).process_weights_after_loading(layer)
+    assert getattr(layer, PACKED) == (64, 64, False)
+    assert "no AVX-512-VNNI" in caplog.text
 
 
 @pytest.mark.usefixtures("nf4_here")
@@ -167,12 +193,12 @@ def test_an_unknown_choice_stops_the_start(monkeypatch):
         register()
 
 
-@pytest.mark.parametrize("choice", ["native", "stock"])
-def test_the_choice_decides_whether_the_plugin_is_changed(monkeypatch, choice):
+@pytest.mark.parametrize(("choice", "expected"), [("native", [False]), ("int8", [True]), ("stock", [])])
+def test_the_choice_decides_whether_the_plugin_is_changed(monkeypatch, choice, expected):
     installed = []
-    monkeypatch.setattr(vllm_plugin, "_install_nf4", lambda: installed.append(True))
+    monkeypatch.setattr(vllm_plugin, "_install_nf4", lambda *, int8: installed.append(int8))
     monkeypatch.setenv(vllm_plugin.CPU_NF4_ENV, choice)
     monkeypatch.setenv(vllm_plugin.CPU_LORA_ENV, "stock")  # the choices are independent
     monkeypatch.setenv(vllm_plugin.CPU_BF16_ENV, "stock")
     register()
-    assert bool(installed) == (choice == "native")
+    assert installed == expected

@@ -20,8 +20,10 @@ Importing this module does nothing and imports neither torch nor vLLM. Environme
     ``native`` (default) or ``stock``: whether the linear layers of a bf16 base run on our kernels (`cpu.bf16_layers`)
     or as vLLM has them. Without a compiler or AVX-512-BF16, or with AMX, it is stock, with a line in the log.
 ``LORAPLEX_CPU_NF4``
-    ``native`` (default) or ``stock``: whether the linear layers of an NF4 base run on our kernels (`cpu.nf4_layers`)
-    or as vLLM's bitsandbytes plugin has them. Without a compiler or AVX-512-BF16 it is stock, with a line in the log.
+    ``native`` (default), ``int8`` or ``stock``: whether the linear layers of an NF4 base run on our kernels
+    (`cpu.nf4_layers`), in bf16 or with products in eight bits (AVX-512-VNNI), which is faster and a little less
+    accurate, or as vLLM's bitsandbytes plugin has them. Where the processor cannot, or a compiler is missing, it is
+    what it can be, with a line in the log.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def register() -> None:
 
     """
     choice = _choice(CPU_LORA_ENV, "", "native", "grouped", "stock")
-    bf16, nf4 = (_choice(variable, "native", "stock") for variable in (CPU_BF16_ENV, CPU_NF4_ENV))
+    bf16 = _choice(CPU_BF16_ENV, "native", "stock")
+    nf4 = _choice(CPU_NF4_ENV, "native", "int8", "stock")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and (choice, bf16, nf4) != ("stock",) * 3:
@@ -69,8 +72,8 @@ def register() -> None:
         tell_apart(type(current_platform), (choice, bf16, nf4))
         if bf16 == "native":
             _install_bf16()
-        if nf4 == "native":
-            _install_nf4()
+        if nf4 != "stock":
+            _install_nf4(int8=nf4 == "int8")
     if choice == "stock":
         return
     _guard_grammars()
@@ -106,7 +109,7 @@ def _install_bf16() -> None:
         ) from error
 
 
-def _install_nf4() -> None:
+def _install_nf4(*, int8: bool = False) -> None:
     if find_spec("vllm_bnb_plugin") is None:
         return  # then vLLM has no NF4 either
     try:
@@ -114,7 +117,7 @@ def _install_nf4() -> None:
 
         from loraplex_server.vllm_plugin.cpu.nf4_layers import install as install_nf4
 
-        install_nf4(BitsAndBytesLinearMethod)
+        install_nf4(BitsAndBytesLinearMethod, int8=int8)
     except (ImportError, AttributeError) as error:
         raise PluginHookError(
             f"vLLM's bitsandbytes plugin is not where it was ({error}): use the version loraplex pins, or set "

@@ -1,13 +1,17 @@
 """Linear layers whose weights stay in NF4 (`nf4.cpp`), and the operator that torch may compile around.
 
     packed = pack([Quantized(codes, absmax, (n, k), 64), ...])     # the projections of one layer, one below the other
-    y = torch.ops.loraplex.nf4_linear(x, packed.memory, bias, packed.out_features, packed.group)
+    y = torch.ops.loraplex.nf4_linear(x, packed.memory, bias, packed.out_features, packed.group, packed.int8)
 
 Weights are those of bitsandbytes (QLoRA, arXiv 2305.14314): code i of a block stands for bf16(TABLE[i] * absmax), to
 the bit. Blocks run over the flat weight, as it was quantized, whatever the width of its rows; bitsandbytes' own
 dequantization on CPU begins a new block with each row, and so gives wrong weights where rows are not whole blocks.
 Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once; it does not depend on the number of
 threads. The packed weight takes the memory of the original: half a byte per weight and one fp32 per block.
+
+Weights packed with `int8=True` are multiplied in integers instead, which takes AVX-512-VNNI: rows are rounded to eight
+bits, with a scale for every group of inputs, as llama.cpp's Q8_0 has them, and the table to 127ths. What that costs in
+accuracy and brings in speed is in docs/performance.md.
 
 With AMX (not measured on any so far) many rows go through torch's products, a strip of the weight at a time, for the
 reason that `many_rows` gives.
@@ -30,7 +34,10 @@ from loraplex_server.vllm_plugin.cpu import many_rows
 from loraplex_server.vllm_plugin.cpu.build import library
 from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
-SOURCES: Final = (*(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h")), HEADER)
+SOURCES: Final = (
+    *(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h", "nf4_int8.h")),
+    HEADER,
+)
 GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
 STRIP_BYTES: Final = (
     1 << 22
@@ -48,13 +55,13 @@ TABLE: Final = torch.tensor(  # QLoRA, appendix E
 _TABLE_AT: Final = TABLE.data_ptr()
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "lp_nf4_supported": (_INT, ()),
+    "lp_nf4_supported": (_INT, (_INT,)),
     "lp_nf4_bytes": (_LONG, (_LONG, _LONG, _LONG)),
-    "lp_nf4_pack": (_INT, (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG)),
+    "lp_nf4_pack": (_INT, (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT)),
     "lp_nf4_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG)),
     "lp_nf4_linear": (
         _INT,
-        (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG),
+        (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT),
     ),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
@@ -82,6 +89,7 @@ class Packed:
     out_features: int
     in_features: int
     group: int
+    int8: bool
 
 
 @cache
@@ -100,14 +108,14 @@ def load() -> ctypes.CDLL:
     return loaded
 
 
-def supported() -> bool:
-    """Whether this processor has AVX-512-BF16.
+def supported(*, int8: bool = False) -> bool:
+    """Whether this processor has AVX-512-BF16, and AVX-512-VNNI for products in eight bits.
 
     Raises:
         BuildError: the kernels cannot be built, so it cannot be asked.
 
     """
-    return platform.machine() == "x86_64" and bool(load().lp_nf4_supported())
+    return platform.machine() == "x86_64" and bool(load().lp_nf4_supported(int8))
 
 
 def group_of(in_features: int, block: int) -> int:
@@ -123,8 +131,12 @@ def group_of(in_features: int, block: int) -> int:
     return group
 
 
-def pack(weights: Sequence[Quantized]) -> Packed:
+def pack(weights: Sequence[Quantized], *, int8: bool = False) -> Packed:
     """Return `weights`, which have the same inputs, as one weight with all their outputs.
+
+    Args:
+        weights: the projections, one below the other.
+        int8: for products in eight bits instead of bf16.
 
     Raises:
         NotNF4Error: sizes or types that do not fit together, or inputs that cannot be grouped.
@@ -142,11 +154,11 @@ def pack(weights: Sequence[Quantized]) -> Packed:
         codes, absmax = _checked(one)
         _check(
             load().lp_nf4_pack(
-                memory.data_ptr(), first, codes.data_ptr(), absmax.data_ptr(), *one.shape, block, group
+                memory.data_ptr(), first, codes.data_ptr(), absmax.data_ptr(), *one.shape, block, group, int8
             )
         )
         first += one.shape[0]
-    return Packed(memory, out_features, in_features, group)
+    return Packed(memory, out_features, in_features, group, int8)
 
 
 @cache
@@ -165,9 +177,16 @@ def _checked(one: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear(
-    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, group: int
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group: int,
+    int8: bool,  # torch calls an operator's arguments by position
 ) -> torch.Tensor:
     """Return x (..., in_features) times the packed weight, plus bias (out_features); all bf16.
+
+    `out_features`, `group` and `int8` are those of the `Packed`.
 
     Raises:
         NotNF4Error: types or sizes that do not fit.
@@ -181,13 +200,14 @@ def linear(
     if memory.numel() != _packed_bytes(out_features, in_features, group):
         raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
-    if rows.shape[0] >= many_rows.MANY_ROWS and _amx():
+    if not int8 and rows.shape[0] >= many_rows.MANY_ROWS and _amx():
         _linear_by_torch(y.view(-1, out_features), rows, memory, bias, group)
         return y
     _check(
         load().lp_nf4_linear(
             y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
             None if bias is None else bias.data_ptr(), _TABLE_AT, rows.shape[0], out_features, in_features, group,
+            int8,
         )
     )  # fmt: skip
     return y
@@ -224,15 +244,20 @@ def _amx() -> bool:
 
 
 def _like_linear(
-    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, group: int
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group: int,
+    int8: bool,
 ) -> torch.Tensor:
     """Say for tracing what comes out."""
-    del memory, bias, group
+    del memory, bias, group, int8
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 _OPERATOR: Final = Operator(
-    "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group) -> Tensor"
+    "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group, bool int8) -> Tensor"
 )
 
 

@@ -4,7 +4,7 @@ vLLM's plugin (`vllm_bnb_plugin`) has bitsandbytes turn the whole weight into bf
 two methods of its `BitsAndBytesLinearMethod`: once weights are loaded, a layer's codes and scales are put into the
 kernels' order, in place of the original; and such a layer is applied by ``loraplex::nf4_linear``. Layers that the
 kernels do not know (FP4, odd widths, eight bits) and machines without AVX-512-BF16 or a compiler keep the plugin's own
-way, with a line in the log.
+way, with a line in the log. Products are in bf16, or in eight bits if asked for and the processor has AVX-512-VNNI.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -21,14 +21,18 @@ from loraplex_server.vllm_plugin.cpu import nf4
 from loraplex_server.vllm_plugin.cpu.build import BuildError
 
 PACKED: Final = "loraplex_nf4"
-"""The attribute of a layer with packed weights: (outputs, group)."""
+"""The attribute of a layer with packed weights: outputs, group and int8 of its `nf4.Packed`."""
 
 _APPLY_ARGUMENTS: Final = ["self", "layer", "x", "bias"]
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
 
-def install(method: Any) -> None:
+def install(method: Any, *, int8: bool = False) -> None:
     """Have the plugin's linear method pack weights after loading and compute with them. Again is harmless.
+
+    Args:
+        method: the plugin's class.
+        int8: with products in eight bits.
 
     Raises:
         AttributeError: the class has not the methods it had.
@@ -45,8 +49,8 @@ def install(method: Any) -> None:
 
     def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
         stock_process(self, layer)
-        if not self.quant_config.load_in_8bit and _usable():
-            _pack(layer)
+        if not self.quant_config.load_in_8bit and (products := _products(int8=int8)):
+            _pack(layer, int8=products == "int8")
 
     method.process_weights_after_loading = process_weights_after_loading
     method._apply_4bit_weight = _apply_packed(stock_apply)
@@ -69,15 +73,15 @@ def _apply_packed(stock_apply: Callable[..., torch.Tensor]) -> Callable[..., tor
     return apply
 
 
-def _pack(layer: torch.nn.Module) -> None:
+def _pack(layer: torch.nn.Module, *, int8: bool) -> None:
     """Put the kernels' weight in place of the layer's own, if they know it."""
     try:
-        packed = nf4.pack(_quantized(layer.weight))
+        packed = nf4.pack(_quantized(layer.weight), int8=int8)
     except nf4.NotNF4Error as error:
         _log.info("%s stays with bitsandbytes: %s", getattr(layer, "prefix", "a layer"), error)
         return
     layer.weight = torch.nn.Parameter(packed.memory, requires_grad=False)  # the original is let go
-    setattr(layer, PACKED, (packed.out_features, packed.group))
+    setattr(layer, PACKED, (packed.out_features, packed.group, packed.int8))
 
 
 def _quantized(weight: Any) -> list[nf4.Quantized]:
@@ -101,15 +105,20 @@ def _quantized(weight: Any) -> list[nf4.Quantized]:
 
 
 @cache
-def _usable() -> bool:
-    """Whether the kernels run here; says in the log what is used, once per process."""
+def _products(*, int8: bool) -> Literal["bf16", "int8"] | None:
+    """Return what the kernels multiply in here, None where they do not run; says it in the log, once per process."""
     try:
         usable = nf4.supported()
         reason = "this processor has no AVX-512-BF16"
     except BuildError as error:
         usable, reason = False, str(error)
-    if usable:
-        _log.info("The NF4 base runs on loraplex's kernels for AVX-512-BF16.")
-    else:
+    if not usable:
         _log.warning("The NF4 base runs on bitsandbytes, several times slower: %s", reason)
-    return usable
+        return None
+    if int8 and nf4.supported(int8=True):
+        _log.info("The NF4 base runs on loraplex's kernels, in eight bits: faster, a little less accurate.")
+        return "int8"
+    if int8:
+        _log.warning("The NF4 base multiplies in bf16, not in eight bits: no AVX-512-VNNI here.")
+    _log.info("The NF4 base runs on loraplex's kernels for AVX-512-BF16.")
+    return "bf16"

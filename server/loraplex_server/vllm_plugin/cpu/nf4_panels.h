@@ -20,6 +20,16 @@ constexpr int64_t kAhead = 1024;        // bytes that reading runs ahead of the 
 inline int64_t group_bytes(int64_t group) { return 64 + group * kPanel / 2; }
 inline int64_t panel_bytes(int64_t k, int64_t group) { return k / group * group_bytes(group); }
 
+struct Nf4Weights {
+  int64_t n, k;
+  const uint16_t* bias;  // may be null
+  const uint8_t* packed;
+  const float* code;     // the table of 16
+  int64_t group;
+
+  const uint8_t* panel(int64_t number) const { return packed + number * panel_bytes(k, group); }
+};
+
 // How a group's 16 scales spread over the lanes of the two halves of a pair.
 struct Scales {
   __m512 low, high;

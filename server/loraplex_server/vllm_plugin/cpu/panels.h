@@ -220,12 +220,13 @@ struct Product {
 };
 
 // y (rows, n) = x (rows, k) times the weights' transpose, plus bias; unit stride along a row. 0, or an error.
-template <class W>
+// P{w, rows}.run() does it for up to kRows rows; false: no memory.
+template <class P, class W>
 int multiply(const W& w, uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows) {
   for (int64_t part = 0, parts = (rows + kRows - 1) / kRows; part < parts; ++part) {
     const int64_t from = rows * part / parts, count = rows * (part + 1) / parts - from;
     const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, count};
-    if (!Product<W>{w, some}.run()) return kNoMemory;
+    if (!P{w, some}.run()) return kNoMemory;
   }
   return 0;
 }
