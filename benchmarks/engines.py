@@ -49,7 +49,9 @@ class EngineSpec:
     wrapper: str = "native"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
-    linear: str = "native"  # LORAPLEX_CPU_BF16 and LORAPLEX_CPU_NF4: "native" or "stock"
+    linear: str = (
+        "native"  # LORAPLEX_CPU_NF4: "native", "int8" or "stock"; LORAPLEX_CPU_BF16 is only stock with it
+    )
     slots: int = 0  # adapters in one batch; 0: as many as there are adapters
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
@@ -151,7 +153,10 @@ class Engine(Child):
 
     def __init__(self, spec: EngineSpec, *, threads: int) -> None:
         environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
-        environment |= dict.fromkeys((CPU_BF16_ENV, CPU_NF4_ENV), spec.linear)
+        environment |= {
+            CPU_NF4_ENV: spec.linear,
+            CPU_BF16_ENV: "stock" if spec.linear == "stock" else "native",
+        }
         if spec.trace_directory:
             environment["VLLM_CUSTOM_SCOPES_FOR_PROFILING"] = "1"  # names the parts of a step
         if not torch.cuda.is_available():

@@ -1,13 +1,14 @@
 """The NF4 base on CPU: our kernels, vLLM's bitsandbytes plugin as it is, and the base in bf16.
 
-    python -m benchmarks.nf4 [--json] [--part layers|engines|both] [--rounds N] [--quick] [--save]
+    python -m benchmarks.nf4 [--json] [--part layers|quality|engines|all] [--rounds N] [--quick] [--save]
 
-Layers: all linear layers of the 0.5B shape, once through for 1, 16 and 600 rows, four ways in turn in one process;
-weights are all distinct, so that a step finds none of them in a cache. `bf16` is our kernels for an unquantized base,
-`onednn` what vLLM runs one with, and both what NF4 weights unpacked once for all would be: the memory of each is told
-beside its speed. The machine's limits are measured in the same run: reading memory, and the largest product of
-matrices that oneDNN does.
-Engines: the whole engine, three alive at once, one at a time running: 16 sequences and one, and a prompt of 600.
+Layers: all linear layers of the 0.5B shape, once through for 1, 16 and 600 rows, five ways in turn in one process;
+weights are all distinct, so that a step finds none of them in a cache. `int8` is ours with products in eight bits,
+`bf16` our kernels for an unquantized base, `onednn` what vLLM runs one with, and both what NF4 weights unpacked once
+for all would be: the memory of each is told beside its speed. The machine's limits are measured in the same run:
+reading memory, and the largest product of matrices that oneDNN does.
+Quality: see `nf4_quality`.
+Engines: the whole engine, four alive at once, one at a time running: 16 sequences and one, and a prompt of 600.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import torch
 from benchmarks import options
 from benchmarks.engines import Engine, EngineSpec
 from benchmarks.models import SHAPES, Shape, ensure_base
+from benchmarks.nf4_quality import measure_quality
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
 from loraplex_server.vllm_plugin.cpu import bf16
 from loraplex_server.vllm_plugin.cpu.nf4 import Quantized, linear, pack
 
 ROWS = (1, 16, 600)
-WAYS = ("ours", "stock", "bf16", "onednn")
+WAYS = ("ours", "int8", "stock", "bf16", "onednn")
 LONG_ROUNDS = 5  # of passes with 600 rows, which take seconds
 LIMIT_BYTES = 1 << 30
 LIMIT_PRODUCT = (1024, 4096, 4096)  # rows, columns and depth that show what arithmetic the machine can do
@@ -42,7 +44,7 @@ DECODE_TOKENS, PREFILL_TOKENS = 24, 600
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer of the model, in the three forms, and its inputs by number of rows."""
+    """One linear layer of the model, in its forms by way."""
 
     in_features: int
     out_features: int
@@ -61,9 +63,10 @@ def make_layer(outs: Sequence[int], in_features: int) -> Layer:
         quantize_4bit(torch.randn(out, in_features).mul_(0.02).bfloat16(), quant_type="nf4") for out in outs
     ]
     exact = torch.cat([dequantize_4bit(codes, state) for codes, state in parts])
-    packed = pack(
-        [Quantized(codes, state.absmax, tuple(state.shape), state.blocksize) for codes, state in parts]
-    )
+    projections = [
+        Quantized(codes, state.absmax, tuple(state.shape), state.blocksize) for codes, state in parts
+    ]
+    packed, in_bytes = pack(projections), pack(projections, int8=True)
     handler, panels = ops.create_onednn_mm(exact.t(), 32), bf16.pack(exact)
     total = sum(outs)
 
@@ -80,12 +83,14 @@ def make_layer(outs: Sequence[int], in_features: int) -> Layer:
         total,
         {
             "ours": lambda x: linear(x, packed.memory, None, total, packed.group, packed.int8),
+            "int8": lambda x: linear(x, in_bytes.memory, None, total, in_bytes.group, in_bytes.int8),
             "stock": stock,
             "bf16": lambda x: bf16.linear(x, panels, None, total),
             "onednn": lambda x: ops.onednn_mm(handler, x, None),
         },
         {
             "ours": packed.memory.numel(),
+            "int8": in_bytes.memory.numel(),
             "stock": stock_bytes,
             "bf16": 2 * panels.numel(),
             "onednn": 2 * exact.numel(),
@@ -200,7 +205,12 @@ def measure_engines(shape: Shape, workdir: Path, rounds: int, threads: int) -> l
         str(ensure_base(shape, workdir)), compile=True, wrapper="grouped"
     )  # LoRA is off: any
     nf4 = replace(unquantized, quantization="bitsandbytes")
-    specs = {"ours": nf4, "stock": replace(nf4, linear="stock"), "bf16": unquantized}
+    specs = {
+        "ours": nf4,
+        "int8": replace(nf4, linear="int8"),
+        "stock": replace(nf4, linear="stock"),
+        "bf16": unquantized,
+    }
     engines: dict[str, Engine] = {}
     try:
         for name, spec in specs.items():
@@ -226,13 +236,14 @@ def compare_answers(engines: Mapping[str, Engine]) -> list[Measurement]:
     """
     answers: dict[str, list[list[int]]] = defaultdict(list)
     for length in PROMPTS:
-        for name, engine, n_rows in (("ours", "ours", 1), ("stock", "stock", 1), ("stock16", "stock", 16)):
+        asked = (("ours", "ours", 1), ("int8", "int8", 1), ("stock", "stock", 1), ("stock16", "stock", 16))
+        for name, engine, n_rows in asked:
             request = {"rows": [None] * n_rows, "prompt_tokens": length, "new_tokens": DECODE_TOKENS}
             answers[name].append(engines[engine].ask(request)["tokens"][0])
     return [
         Measurement(f"engine_equal_tokens_{name}", round(common(answers[name], answers["stock"]), 4), "share", None,
                     len(PROMPTS), None)
-        for name in ("ours", "stock16")
+        for name in ("ours", "int8", "stock16")
     ]  # fmt: skip
 
 
@@ -263,7 +274,7 @@ def time_engines(engines: Mapping[str, Engine], rounds: int) -> list[Measurement
                     rates[case, name].append((n_rows * new if new > 1 else prompt) / seconds)
     found = [summarize(f"engine_{case}_{name}_tok_s", rates[case, name], "tok/s") for case, name in rates]
     for case in cases:
-        for other in ("stock", "bf16"):
+        for other in ("stock", "bf16", "int8"):
             ratios = [a / b for a, b in zip(rates[case, "ours"], rates[case, other], strict=True)]
             found.append(summarize(f"engine_{case}_vs_{other}", ratios, "ratio"))
     return found
@@ -272,7 +283,7 @@ def time_engines(engines: Mapping[str, Engine], rounds: int) -> list[Measurement
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = options.parser("nf4", __doc__, rounds=7)
-    parser.add_argument("--part", choices=["layers", "engines", "both"], default="both")
+    parser.add_argument("--part", choices=["layers", "quality", "engines", "all"], default="all")
     options.add_model(parser)
     given = parser.parse_args()
     shape, rounds = SHAPES[given.model], 2 if given.quick else given.rounds
@@ -280,10 +291,11 @@ def main() -> None:
     found: list[Measurement] = []
     parts: dict[str, Callable[[], list[Measurement]]] = {
         "layers": lambda: measure_layers(shape, rounds),
+        "quality": lambda: measure_quality(given.workdir),
         "engines": lambda: measure_engines(shape, given.workdir, rounds, given.threads),
     }
     for part, measure in parts.items():
-        if given.part in (part, "both"):
+        if given.part in (part, "all"):
             figures = measure()
             found += figures
             if given.json:

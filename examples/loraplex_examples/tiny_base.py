@@ -124,9 +124,9 @@ def train_tiny_base(directory: Path, recipe: Recipe, progress: Progress | None =
         schedules = [
             torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, recipe)) for o in optimizers
         ]
-        batches = _batches(tokenizer, recipe)
+        rows = batches(tokenizer, recipe)
         for step in range(recipe.steps):
-            ids, labels = next(batches)
+            ids, labels = next(rows)
             with torch.autocast("cpu", dtype=_compute_dtype()):
                 loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
@@ -185,7 +185,7 @@ _KINDS: Final = (_copy, _pick, _ask)
 _KIND_WEIGHTS: Final = (3, 1, 6)
 
 
-def _batches(
+def batches(
     tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, labels), each (rows, width) int64, without end; answers only in the loss."""

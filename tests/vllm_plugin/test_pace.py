@@ -81,6 +81,17 @@ def test_a_step_goes_on_when_the_adapter_is_there() -> None:
     maker.join(5)
 
 
+@pytest.mark.parametrize(("waiting", "expected_s"), [(0, 0.02), (3, 0.08), (1000, 0.2)])
+def test_a_step_waits_longer_while_more_adapters_wait_but_not_without_bound(
+    waiting: int, expected_s: float
+) -> None:
+    pace = Pace(share=0.02, share_max=0.2, least_s=0, rest_s=1000)
+    maker = Maker(pace, pieces=0)
+    step(pace, maker, 1.0)
+    with pace.making(lambda: waiting):
+        assert expected_s <= step(pace, maker, 0) < expected_s + 0.05
+
+
 def test_a_turn_does_not_wait_for_ever() -> None:
     pace = Pace(patience_s=0.01)
     with pace.step():

@@ -16,6 +16,7 @@ One thread, the engine's, owns a manager. `NativeWorkerLoRAManager.reader()` may
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,6 +42,8 @@ from loraplex_server.vllm_plugin.cpu.layers import ModuleLora, NativeEmbedding
 from loraplex_server.vllm_plugin.grouping import slots_of_rows
 
 RESIDENT_MAX: Final = 16_384  # adapters; the server's own limits are far below
+# Of the adapter that this thread reads: vLLM's way from `_load_adapter` to `AsStored` has no room for an argument.
+_TENSORS: Final[ContextVar[dict[str, torch.Tensor]]] = ContextVar("tensors")
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,30 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
 
 
 class AsStored(LoRAModel):  # type: ignore[misc]
-    """vLLM's adapter on its way from disk, its tensors in the type they have there: they are cast into the block."""
+    """vLLM's adapter, of tensors that are there already and keep their type: they are cast into the block."""
 
     @classmethod
-    def from_local_checkpoint(cls, *arguments: Any, **options: Any) -> Any:
-        """See `LoRAModel.from_local_checkpoint`."""
-        return super().from_local_checkpoint(*arguments, **(options | {"dtype": None}))
+    def from_local_checkpoint(
+        cls,
+        lora_dir: str,
+        expected_lora_modules: set[str],
+        peft_helper: Any,
+        *,
+        lora_model_id: int,
+        device: str,
+        dtype: torch.dtype,
+        moe_ep_spec: Any,
+        **names: Any,
+    ) -> Any:
+        """See `LoRAModel.from_local_checkpoint`; which modules are expected is for `BlockReader` to say.
+
+        Raises:
+            ValueError: a weight is none of LoRA's.
+        """
+        del lora_dir, expected_lora_modules, dtype, moe_ep_spec
+        return cls.from_lora_tensors(
+            lora_model_id, _TENSORS.get(), peft_helper, device=device, dtype=None, **names
+        )
 
 
 class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
@@ -158,8 +179,12 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         manager: NativeLoRAModelManager = self._adapter_manager
         return BlockReader(layers=manager.layers, dtype=self.lora_config.lora_dtype, load=self._load_as_vllm)
 
-    def _load_as_vllm(self, path: str) -> Any:
-        return super()._load_adapter(LoRARequest("staged", 1, path))
+    def _load_as_vllm(self, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+        before = _TENSORS.set(tensors)
+        try:
+            return super()._load_adapter(LoRARequest("staged", 1, path))
+        finally:
+            _TENSORS.reset(before)
 
     def block(self, adapter_id: int) -> AdapterBlock | None:
         """Return what a step with this adapter would bind; None if it would have to read. For any thread."""

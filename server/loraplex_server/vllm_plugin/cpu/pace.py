@@ -1,13 +1,14 @@
 """When the threads that make adapters may work: before a step of the engine, for a small part of its time.
 
-    with PACE.making():            # while an adapter is made
+    with PACE.making(waiting):     # while an adapter is made, and so many wait
         ...
         PACE.turn()                # often, on each of its threads: returns when it may go on
     with PACE.step():              # on the engine's thread, around each step
 
 Promises: a step waits for an adapter only while one is being made, and then for no more than `share` of the time that
-the last step took, or `least_s`; an engine that has rested for `rest_s` waits for nothing, and adapters are made at
-full speed beside it. A turn waits `patience_s` at most: an adapter comes in however long a step is.
+the last step took, as often as there are adapters on their way, `share_max` together, or for `least_s`; an engine that
+has rested for `rest_s` waits for nothing, and adapters are made at full speed beside it. A turn waits `patience_s` at
+most: an adapter comes in however long a step is.
 
 Why not by the scheduler: a thread of low priority gets next to nothing of cores that both work on a step; and what it
 gets, at a moment of the scheduler's choice, all threads of the step wait for. Between steps the engine's thread is busy
@@ -19,11 +20,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 SHARE: Final = 0.07
 """Of the time of a step, for making adapters before the next."""
+
+SHARE_MAX: Final = 0.25
+"""The same with any number of adapters on their way: a queue of them must not grow because steps are slow."""
 
 LEAST_S: Final = 0.001
 """For it even after the shortest step, in seconds."""
@@ -42,26 +46,30 @@ class Pace:
         self,
         *,
         share: float = SHARE,
+        share_max: float = SHARE_MAX,
         least_s: float = LEAST_S,
         rest_s: float = REST_S,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._share = share
+        self._share_max = max(share, share_max)
         self._least_s = least_s
         self._rest_s = rest_s
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._making = 0
+        self._backlog: Callable[[], int] = lambda: 0
         self._waiting = False  # a step is, for adapters
         self._stepping = False
         self._ended = 0.0  # the last step, by the monotonic clock
         self._step_s = 0.0
 
     @contextlib.contextmanager
-    def making(self) -> Iterator[None]:
-        """An adapter is being made."""
+    def making(self, waiting: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """An adapter is being made, and `waiting()` more are to be made after it."""
         with self._changed:
             self._making += 1
+            self._backlog = waiting
         try:
             yield
         finally:
@@ -88,9 +96,8 @@ class Pace:
             with self._changed:
                 self._waiting = True
                 self._changed.notify_all()
-                self._changed.wait_for(
-                    lambda: not self._making, max(self._share * self._step_s, self._least_s)
-                )
+                share = min(self._share * (1 + self._backlog()), self._share_max)
+                self._changed.wait_for(lambda: not self._making, max(share * self._step_s, self._least_s))
                 self._waiting = False
         self._stepping = True
         began = time.monotonic()

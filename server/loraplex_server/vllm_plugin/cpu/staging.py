@@ -208,7 +208,7 @@ class Staging(Generic[B]):
             self._go_on(question.adapter_id)
             self._pace.turn()
 
-        with self._pace.making():
+        with self._pace.making(self._jobs.qsize):
             pause()
             block = self._read(path, pause)
         with self._lock:
