@@ -53,7 +53,7 @@ class ServedSpec:
     rows: int
     rank: int
     slots: int = 0
-    eager: bool = True
+    eager: bool = False
 
     def config(self) -> Config:
         """As a server's settings."""
