@@ -36,8 +36,10 @@ from loraplex_server.vllm_plugin.worker import process_memory_bytes
 KV_CACHE_GIB = 1
 MAX_SEQS = 16
 MAX_MODEL_LEN = 1024
-GPU_MEMORY_SHARE = 0.15  # of one engine: four are alive at once, and vLLM wants as much free as it is allowed
+GPU_MEMORY_SHARE = 0.15  # of one engine: five are alive at once, and vLLM wants as much free as it is allowed
 STOP_TIMEOUT_S = 30
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "VLLM_CPU_OMP_THREADS_BIND",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class EngineSpec:
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
     worker_process: bool = False  # vLLM's default layout on CPU, see `Engine`
+    shipped: bool = False  # threads, processes and kernels as vLLM comes, nothing chosen
     compile: bool = False  # torch.compile, which vLLM itself switches off on CPU as soon as LoRA is on
     trace_directory: str = ""  # where `profile` requests write; empty: no profiler
 
@@ -63,13 +66,14 @@ class EngineSpec:
 class Child:
     """A child process that answers requests; `ask` wakes it, asks, and stops it again."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start it and wait for its first line, which is `started`."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str | None]) -> None:
+        """Start it and wait for its first line, which is `started`; None takes a variable away."""
+        variables: dict[str, str | None] = {**os.environ, **environment}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
+            env={name: value for name, value in variables.items() if value is not None},
             text=True,
             start_new_session=True,  # a process group of its own, to be stopped as a whole
         )
@@ -135,7 +139,9 @@ class Child:
             return
 
 
-def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
+def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str | None]:
+    if spec.shipped:
+        return {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)} | dict.fromkeys(THREAD_VARIABLES)
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM's own binding leaves a core out
@@ -152,7 +158,7 @@ class Engine(Child):
     """A child process with one engine."""
 
     def __init__(self, spec: EngineSpec, *, threads: int) -> None:
-        environment = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
+        environment: dict[str, str | None] = {CPU_LORA_ENV: spec.wrapper, "HF_HUB_OFFLINE": "1"}
         environment |= {
             CPU_NF4_ENV: spec.linear,
             CPU_BF16_ENV: "stock" if spec.linear == "stock" else "native",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+from benchmarks.guard import Guard
 from benchmarks.report import RESULTS
 from benchmarks.table import as_markdown, load_results, make_rows
 from loraplex_server.engine.vllm_settings import SPIN_COUNT
@@ -41,10 +42,16 @@ def run(names: list[str]) -> list[str]:
     for name in names:
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}", "--save"]
+        process = subprocess.Popen(command, env=THREADS | os.environ, start_new_session=True)
+        guard = Guard(process.pid)
         try:
-            subprocess.run(command, check=True, timeout=LIMIT_S, env=THREADS | os.environ)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            status: int | str = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = f"{process.wait()}, after {LIMIT_S} s"
+        guard.release()
+        if status:
+            print(f"{name} ended with status {status}", file=sys.stderr)
             failed.append(name)
     return failed
 

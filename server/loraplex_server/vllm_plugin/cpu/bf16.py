@@ -13,23 +13,24 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu.build import library
+from loraplex_server.vllm_plugin.cpu import build
+from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
 from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
 SOURCES: Final = (Path(__file__).with_name("bf16.cpp"), HEADER)
 
-_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "lp_bf16_supported": (_INT, ()),
-    "lp_bf16_values": (_LONG, (_LONG, _LONG)),
-    "lp_bf16_pack": (_INT, (_POINTER, _POINTER, _LONG, _LONG)),
-    "lp_bf16_linear": (_INT, (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG)),
+_SIGNATURES: Final[Mapping[str, Signature]] = {
+    "lp_bf16_supported": (INT, ()),
+    "lp_bf16_values": (LONG, (LONG, LONG)),
+    "lp_bf16_pack": (INT, (POINTER, POINTER, LONG, LONG)),
+    "lp_bf16_linear": (INT, (POINTER, LONG, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG)),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
 
@@ -46,10 +47,7 @@ def load() -> ctypes.CDLL:
         BuildError: there is no compiler, or it failed.
 
     """
-    loaded = ctypes.CDLL(str(library(SOURCES)))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+    loaded = build.load(SOURCES, _SIGNATURES)
     _OPERATOR.define(linear, _like_linear)
     return loaded
 

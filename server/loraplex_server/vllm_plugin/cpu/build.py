@@ -1,6 +1,6 @@
 """Compile C++ at first use with the machine's own compiler, once per user and machine.
 
-`library(sources)` returns the path of a shared object, built if it is not in the cache yet. The cache is a directory
+`load(sources, signatures)` returns a shared object, built if it is not in the cache yet. The cache is a directory
 of the user's own (mode 0700): ``$LORAPLEX_KERNEL_CACHE``, else ``loraplex/kernels`` in ``$XDG_CACHE_HOME`` or
 ``~/.cache``. A file is named by the SHA-256 of its sources, flags, OpenMP runtime and compiler, written under another
 name and renamed, so any number of processes may build at once and none sees half a file; nothing in it is ever changed.
@@ -14,15 +14,16 @@ cache shared by several machines serves all of them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 CACHE_ENV: Final = "LORAPLEX_KERNEL_CACHE"
 COMPILERS: Final = ("g++", "clang++", "c++")
@@ -33,6 +34,15 @@ FLAGS: Final = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes",
 )  # fmt: skip
+
+
+Signature = tuple[Any, Sequence[Any]]
+"""What a function returns, and what it takes, as ctypes has them."""
+
+INT: Final = ctypes.c_int
+LONG: Final = ctypes.c_int64
+FLOAT: Final = ctypes.c_float
+POINTER: Final = ctypes.c_void_p
 
 
 class BuildError(RuntimeError):
@@ -65,6 +75,20 @@ def library(sources: Sequence[Path]) -> Path:
             _compile(compiler, sources, runtime, target)
     _require_own(target)
     return target
+
+
+def load(sources: Sequence[Path], signatures: Mapping[str, Signature]) -> ctypes.CDLL:
+    """Build `sources` if need be, load them, and say what their functions return and take.
+
+    Raises:
+        BuildError: see `library`.
+
+    """
+    loaded = ctypes.CDLL(str(library(sources)))
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
 
 
 def find_compiler() -> tuple[str, ...]:

@@ -18,7 +18,7 @@ and size is checked before memory is touched and raises `KernelError`; what cann
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex_server.vllm_plugin.cpu import many_rows
-from loraplex_server.vllm_plugin.cpu.build import library
+from loraplex_server.vllm_plugin.cpu import build, many_rows
+from loraplex_server.vllm_plugin.cpu.build import FLOAT, INT, LONG, POINTER, Signature
 
 TOKENS: Final = 0  # rows are the tokens of the step
 SAMPLES: Final = 1  # rows are the positions whose logits are computed
@@ -52,19 +52,18 @@ _MESSAGES: Final = {
     -10: "out of memory",
     -11: "an id outside the vocabulary",
 }
-_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+_SIGNATURES: Final[Mapping[str, Signature]] = {
     "lp_isa": (ctypes.c_char_p, ()),
-    "lp_table_new": (_POINTER, (_INT, _INT, _INT)),
-    "lp_table_free": (None, (_POINTER,)),
-    "lp_module": (_INT, (_POINTER, _INT, _INT, _LONG, _POINTER, _POINTER)),
-    "lp_bind": (_INT, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
-    "lp_unbind": (_INT, (_POINTER, _INT)),
-    "lp_rows": (_INT, (_POINTER, _INT, _POINTER, _LONG)),
-    "lp_add": (_INT, (_POINTER, _INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT)),
-    "lp_add_embedding": (_INT, (_POINTER, _INT, _POINTER, _LONG, _POINTER, _LONG, _INT)),
-    "lp_packed_b_bytes": (_LONG, (_LONG, _LONG, _INT)),
-    "lp_pack_b": (_INT, (_POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _INT)),
+    "lp_table_new": (POINTER, (INT, INT, INT)),
+    "lp_table_free": (None, (POINTER,)),
+    "lp_module": (INT, (POINTER, INT, INT, LONG, POINTER, POINTER)),
+    "lp_bind": (INT, (POINTER, INT, INT, POINTER, POINTER, POINTER, POINTER, POINTER)),
+    "lp_unbind": (INT, (POINTER, INT)),
+    "lp_rows": (INT, (POINTER, INT, POINTER, LONG)),
+    "lp_add": (INT, (POINTER, INT, INT, POINTER, LONG, POINTER, LONG, LONG, INT)),
+    "lp_add_embedding": (INT, (POINTER, INT, POINTER, LONG, POINTER, LONG, INT)),
+    "lp_packed_b_bytes": (LONG, (LONG, LONG, INT)),
+    "lp_pack_b": (INT, (POINTER, POINTER, LONG, LONG, LONG, FLOAT, INT)),
 }
 
 
@@ -79,11 +78,7 @@ def load() -> ctypes.CDLL:
         BuildError: there is no compiler, or it failed.
 
     """
-    loaded = ctypes.CDLL(str(library(SOURCES)))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    return build.load(SOURCES, _SIGNATURES)
 
 
 def isa(loaded: ctypes.CDLL) -> str:

@@ -22,16 +22,16 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu import many_rows
-from loraplex_server.vllm_plugin.cpu.build import library
+from loraplex_server.vllm_plugin.cpu import build, many_rows
+from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
 from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
 SOURCES: Final = (
@@ -53,15 +53,14 @@ TABLE: Final = torch.tensor(  # QLoRA, appendix E
 )  # fmt: skip
 
 _TABLE_AT: Final = TABLE.data_ptr()
-_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "lp_nf4_supported": (_INT, (_INT,)),
-    "lp_nf4_bytes": (_LONG, (_LONG, _LONG, _LONG)),
-    "lp_nf4_pack": (_INT, (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT)),
-    "lp_nf4_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG)),
+_SIGNATURES: Final[Mapping[str, Signature]] = {
+    "lp_nf4_supported": (INT, (INT,)),
+    "lp_nf4_bytes": (LONG, (LONG, LONG, LONG)),
+    "lp_nf4_pack": (INT, (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, INT)),
+    "lp_nf4_unpack": (INT, (POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, LONG)),
     "lp_nf4_linear": (
-        _INT,
-        (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT),
+        INT,
+        (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, INT),
     ),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
@@ -100,10 +99,7 @@ def load() -> ctypes.CDLL:
         BuildError: there is no compiler, or it failed.
 
     """
-    loaded = ctypes.CDLL(str(library(SOURCES)))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+    loaded = build.load(SOURCES, _SIGNATURES)
     _OPERATOR.define(linear, _like_linear)
     return loaded
 
