@@ -19,6 +19,8 @@ constexpr double ROW_NS = 0.006;    // the same byte multiplied with one row
 constexpr double UNIT_NS = 4000;    // what a thread takes at a time
 constexpr double WAKE_NS = 3000;     // what sharing a call with other threads costs while they are awake
 constexpr int64_t UNIT_ROWS = 64;   // rows a thread takes at a time, at most
+constexpr int64_t STREAM_ROWS = 16; // of y, where there are more than UNIT_ROWS: a thread goes along so many, which is
+constexpr int64_t CACHED_BYTES = 256 << 10;  // how memory is read fastest, as far as B stays in its cache meanwhile
 constexpr int64_t UNIT_RANKS = 8;   // ranks it takes at least, so that words of t have one writer
 constexpr int64_t YIELD_TURNS = 256;  // waits of some 20 ns
 
@@ -85,11 +87,13 @@ double plan(Table& table, const Module& module) {
     table.n_shrink = int64_t(table.units.size());
     for (const Piece& piece : table.pieces) {
         const int64_t out = piece.slice->out_features, bytes = words_of(piece.weights->rank, table.type) * out * 4;
-        const double cost = cost_ns(bytes, smaller(piece.n_rows, UNIT_ROWS));
-        const int64_t columns = chunk(out, TILE, cost);
-        for (int64_t row = 0; row < piece.n_rows; row += UNIT_ROWS)
+        const bool few = piece.n_rows <= UNIT_ROWS;
+        const int64_t height = few ? UNIT_ROWS : STREAM_ROWS;
+        const int64_t columns = few ? chunk(out, TILE, cost_ns(bytes, piece.n_rows))
+                                    : rounded_up((out * CACHED_BYTES + bytes - 1) / bytes, TILE);
+        for (int64_t row = 0; row < piece.n_rows; row += height)
             for (int64_t c = 0; c < out; c += columns)
-                table.units.push_back({&piece, row, smaller(row + UNIT_ROWS, piece.n_rows), c, smaller(c + columns, out)});
+                table.units.push_back({&piece, row, smaller(row + height, piece.n_rows), c, smaller(c + columns, out)});
         total += cost_ns(bytes, piece.n_rows);
     }
     return total;
