@@ -14,7 +14,7 @@ from loraplex_server.vllm_plugin.cpu import nf4
 from loraplex_server.vllm_plugin.cpu.nf4 import NotNF4Error, Packed, Quantized, linear, pack
 from tests.vllm_plugin.nf4_cases import random_weight, rows_in_bytes, run_nf4_cases, weight_in_bytes
 
-CASES = 300  # `make reliability K=kernels` runs 10,000
+CASES = 150  # of each kind; `make reliability K=kernels` runs 10,000
 
 pytestmark = pytest.mark.usefixtures("nf4_here")
 
