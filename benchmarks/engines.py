@@ -51,9 +51,7 @@ class EngineSpec:
     wrapper: str = "native"  # LORAPLEX_CPU_LORA: "native", "grouped" or "stock"
     rank: int = 16
     quantization: str | None = None
-    linear: str = (
-        "native"  # LORAPLEX_CPU_NF4: "native", "int8" or "stock"; LORAPLEX_CPU_BF16 is only stock with it
-    )
+    linear: str = "native"  # LORAPLEX_CPU_NF4; LORAPLEX_CPU_BF16 is stock where this is, else native
     slots: int = 0  # adapters in one batch; 0: as many as there are adapters
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
