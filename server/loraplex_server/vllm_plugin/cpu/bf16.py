@@ -20,7 +20,7 @@ from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu import build
+from loraplex_server.vllm_plugin.cpu import build, pages
 from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
 from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
@@ -74,7 +74,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     values = _packed_values(*weight.shape)
     if values < 0:
         raise NotBf16Error(f"a weight of {tuple(weight.shape)}")
-    memory = torch.empty(values, dtype=torch.bfloat16)
+    memory = pages.zeros(values * weight.itemsize).view(torch.bfloat16)
     source = weight.contiguous()
     _check(load().lp_bf16_pack(memory.data_ptr(), source.data_ptr(), *weight.shape))
     return memory

@@ -30,7 +30,7 @@ from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu import build, many_rows
+from loraplex_server.vllm_plugin.cpu import build, many_rows, pages
 from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
 from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
 
@@ -144,7 +144,7 @@ def pack(weights: Sequence[Quantized], *, int8: bool = False) -> Packed:
     in_features, block = widths.pop()
     group = group_of(in_features, block)
     out_features = sum(one.shape[0] for one in weights)
-    memory = torch.zeros(_packed_bytes(out_features, in_features, group), dtype=torch.uint8)
+    memory = pages.zeros(_packed_bytes(out_features, in_features, group))
     first = 0
     for one in weights:
         codes, absmax = _checked(one)

@@ -17,6 +17,8 @@ from typing import Final
 
 import torch
 
+from loraplex_server.vllm_plugin.cpu import pages
+
 SPARE_BYTES_MAX: Final = 128 << 20
 """Most memory that is kept for the next blocks."""
 
@@ -40,7 +42,7 @@ class Regions:
 
     def take(self, size: int) -> torch.Tensor:
         """Return `size` bytes of any value as a tensor of uint8; they are given back when the last view of it goes."""
-        memory = self._fitting(size) or _fresh(size)
+        memory = self._fitting(size) or pages.fresh(size)
         # ctypes between the two: its object goes with the last tensor over it, and lets us know.
         held = (ctypes.c_char * len(memory)).from_buffer(memory)
         weakref.finalize(held, self._give_back, memory).atexit = False
@@ -59,13 +61,6 @@ class Regions:
             self._spare.append(memory)
             while sum(map(len, self._spare)) > self._spare_bytes_max:
                 del self._spare[0]  # unmapped with its last reference
-
-
-def _fresh(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 REGIONS: Final = Regions()
