@@ -135,6 +135,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    return finished.stdout.strip() or None
+    """Return the commit, marked where code differs from it: figures and pages do not change what is measured."""
+    git = ["git", "-C", str(RESULTS.parents[1])]
+    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=False)
+    changed = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md"]
+    differs = subprocess.run(changed, capture_output=True, text=True, check=False).stdout.strip()
+    return commit.stdout.strip() + "-dirty" * bool(differs) or None

@@ -175,8 +175,8 @@ def limits(shape: Shape, adapters_bytes: int, *, threads: int, nf4: bool) -> lis
     bytes_s, flop_s = READ_BYTES / read_s, 2 * PRODUCT**3 / product_s
     layers = shape.layers * sum(width * out for width, out in shape.linears().values())
     logits = shape.hidden * shape.vocabulary
-    # NF4: half a byte a weight, and a scale of one byte for 64 of them, itself scaled; logits stay in bf16.
-    base_bytes = layers * (0.5 + 1 / 64 if nf4 else 2) + logits * 2
+    # NF4: half a byte a weight, and an fp32 scale for 64 of them; logits stay in bf16.
+    base_bytes = layers * (0.5 + 4 / 64 if nf4 else 2) + logits * 2
     lora_flop = 2 * adapters_bytes / 2  # a row uses one adapter; 16 rows use all 16 once, two bytes a weight
     values = (
         ("machine_read", bytes_s / 1e9, "GB/s"),

@@ -74,7 +74,16 @@ def test_nothing_beside_the_result_is_written(n_rows):
     packed, x = pack(weight_of(45, 64)), torch.randn(n_rows, 64).bfloat16()
     around = torch.full((n_rows + 2, 45 + 9), 7.0).bfloat16()
     status = bf16.load().lp_bf16_linear(
-        around[1:, 4:].data_ptr(), around.stride(0), x.data_ptr(), 64, packed.data_ptr(), None, n_rows, 45, 64
+        around[1:, 4:].data_ptr(),
+        around.stride(0),
+        x.data_ptr(),
+        64,
+        packed.data_ptr(),
+        None,
+        n_rows,
+        45,
+        64,
+        None,
     )
     assert status == 0
     assert torch.equal(around[1:-1, 4:49], linear(x, packed, None, 45))

@@ -128,7 +128,7 @@ def test_nothing_beside_the_result_is_written(n_rows, int8):
     around = torch.full((n_rows + 2, 45 + 9), 7.0).bfloat16()
     status = nf4.load().lp_nf4_linear(
         around[1:, 4:].data_ptr(), around.stride(0), x.data_ptr(), 64, packed.memory.data_ptr(), None,
-        nf4.TABLE.data_ptr(), n_rows, 45, 64, packed.group, int8,
+        nf4.TABLE.data_ptr(), n_rows, 45, 64, packed.group, int8, None,
     )  # fmt: skip
     assert status == 0
     assert torch.equal(around[1:-1, 4:49], apply(x, packed))

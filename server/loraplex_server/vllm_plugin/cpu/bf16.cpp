@@ -74,11 +74,11 @@ int lp_bf16_pack(uint16_t* dst, const uint16_t* src, int64_t n, int64_t k) {
 }
 
 // y (rows, n) = x (rows, k) times the packed weight (n, k) transposed, plus bias (n) where there is one; all bf16 with
-// unit stride along a row.
+// unit stride along a row. `beside` may be null.
 int lp_bf16_linear(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, const uint16_t* packed,
-                   const uint16_t* bias, int64_t rows, int64_t n, int64_t k) {
+                   const uint16_t* bias, int64_t rows, int64_t n, int64_t k, const Beside* beside) {
   if ((rows && (!y || !x)) || !packed || rows < 0 || !fits(n, k)) return kBadArgument;
-  return multiply<Product<Bf16>>(Bf16{n, k, bias, packed}, y, y_stride, x, x_stride, rows);
+  return multiply<Product<Bf16>>(Bf16{n, k, bias, packed}, y, y_stride, x, x_stride, rows, beside);
 }
 
 }

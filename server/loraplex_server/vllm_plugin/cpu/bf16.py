@@ -2,6 +2,7 @@
 
     memory = pack(weight)                                          # (outputs, inputs), once
     y = torch.ops.loraplex.bf16_linear(x, memory, bias, outputs)
+    y = torch.ops.loraplex.bf16_linear_lora(x, memory, bias, outputs, module)      # and what adapters add (`ops`)
 
 Sums are fp32, the bias is added in fp32, the result is rounded to bf16 once. A row's result is the same to the bit
 whatever rows are beside it and on any number of threads. The packed weight takes the memory of the original, outputs
@@ -20,17 +21,17 @@ from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu import build, pages
+from loraplex_server.vllm_plugin.cpu import build, ops, pages
 from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
-from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
+from loraplex_server.vllm_plugin.cpu.panels import HEADERS, Operator, checked_rows
 
-SOURCES: Final = (Path(__file__).with_name("bf16.cpp"), HEADER)
+SOURCES: Final = (Path(__file__).with_name("bf16.cpp"), *HEADERS)
 
 _SIGNATURES: Final[Mapping[str, Signature]] = {
     "lp_bf16_supported": (INT, ()),
     "lp_bf16_values": (LONG, (LONG, LONG)),
     "lp_bf16_pack": (INT, (POINTER, POINTER, LONG, LONG)),
-    "lp_bf16_linear": (INT, (POINTER, LONG, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG)),
+    "lp_bf16_linear": (INT, (POINTER, LONG, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER)),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
 
@@ -48,7 +49,8 @@ def load() -> ctypes.CDLL:
 
     """
     loaded = build.load(SOURCES, _SIGNATURES)
-    _OPERATOR.define(linear, _like_linear)
+    _LINEAR.define(linear, _like_linear)
+    _LINEAR_LORA.define(_linear_lora, _like_linear)
     return loaded
 
 
@@ -94,6 +96,23 @@ def linear(
         NotBf16Error: types or sizes that do not fit.
 
     """
+    rows, y = _checked(x, memory, bias, out_features)
+    _multiply(y, rows, memory, bias, None)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_lora(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, module: int
+) -> torch.Tensor:
+    rows, y = _checked(x, memory, bias, out_features)
+    ops.with_lora(module, y, rows, lambda beside: _multiply(y, rows, memory, bias, beside))
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _checked(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows (rows, in_features), and memory for the result (rows, out_features)."""
     try:
         rows = checked_rows(x, bias, out_features)
     except ValueError as error:
@@ -101,25 +120,33 @@ def linear(
     in_features = rows.shape[1]
     if memory.dtype != torch.bfloat16 or memory.numel() != _packed_values(out_features, in_features):
         raise NotBf16Error(f"{memory.numel()} values are no weight of {out_features} x {in_features}")
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
+    return rows, torch.empty((rows.shape[0], out_features), dtype=torch.bfloat16)
+
+
+def _multiply(
+    y: torch.Tensor, rows: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, beside: int | None
+) -> None:
+    (count, in_features), out_features = rows.shape, y.shape[1]
     _check(
         load().lp_bf16_linear(
             y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
-            None if bias is None else bias.data_ptr(), rows.shape[0], out_features, in_features,
+            None if bias is None else bias.data_ptr(), count, out_features, in_features, beside,
         )
     )  # fmt: skip
-    return y
 
 
 def _like_linear(
-    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, module: int = 0
 ) -> torch.Tensor:
     """Say for tracing what comes out."""
-    del memory, bias
+    del memory, bias, module
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_OPERATOR: Final = Operator("bf16_linear(Tensor x, Tensor memory, Tensor? bias, int out_features) -> Tensor")
+_LINEAR: Final = Operator("bf16_linear(Tensor x, Tensor memory, Tensor? bias, int out_features) -> Tensor")
+_LINEAR_LORA: Final = Operator(
+    "bf16_linear_lora(Tensor x, Tensor memory, Tensor? bias, int out_features, int module) -> Tensor"
+)
 
 
 def _check(error: int) -> None:

@@ -9,10 +9,10 @@ zentorch in.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from loraplex_server.vllm_plugin.cpu import bf16, many_rows
 from loraplex_server.vllm_plugin.cpu.build import BuildError
+from loraplex_server.vllm_plugin.cpu.panels import TAKE_LORA
 
 _ARGUMENTS: Final = ["layer", "remove_weight"]
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
@@ -59,8 +60,17 @@ def _pack(layer: torch.nn.Module, *, remove_weight: bool) -> None:
     if remove_weight:
         layer.weight = torch.nn.Parameter(packed, requires_grad=False)  # the original is let go
         layer.cpu_linear = _from_argument(out_features)
+        setattr(layer, TAKE_LORA, functools.partial(_take_lora, layer, out_features))
     else:  # an output layer: its rows are read as embeddings too
         layer.cpu_linear = _from(packed, out_features)
+
+
+def _take_lora(layer: torch.nn.Module, out_features: int, module: int) -> None:
+    def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.loraplex.bf16_linear_lora(x, weight, bias, out_features, module)
+        return y
+
+    layer.cpu_linear = cpu_linear
 
 
 def _from_argument(out_features: int) -> Callable[..., torch.Tensor]:
@@ -81,7 +91,7 @@ def _from(packed: torch.Tensor, out_features: int) -> Callable[..., torch.Tensor
     return cpu_linear
 
 
-@cache
+@functools.cache
 def _usable() -> bool:
     """Whether the kernels run here; says in the log what is used, once per process."""
     if current_platform.is_zen_cpu():

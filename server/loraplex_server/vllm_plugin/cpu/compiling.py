@@ -106,11 +106,12 @@ def _fingerprint(choices: tuple[str, ...]) -> str:
 
 
 def _linear_layers() -> str:
-    """Whether this machine can have ours, or why not: a cache may be shared by several machines."""
+    """Say which of ours this machine can have: a cache may be shared by several machines."""
+    in_bytes = torch.cpu.get_capabilities().get("avx512_vnni", False)
     try:
-        return f"{bf16.supported()} {many_rows.useful(torch.bfloat16)}"
-    except BuildError as error:
-        return str(error)
+        return f"{bf16.supported()} {in_bytes} {many_rows.useful(torch.bfloat16)}"
+    except BuildError:
+        return "none: they cannot be built"
 
 
 def _can_compile() -> bool:

@@ -33,10 +33,11 @@ from loraplex_server.vllm_plugin.cpu.build import FLOAT, INT, LONG, POINTER, Sig
 TOKENS: Final = 0  # rows are the tokens of the step
 SAMPLES: Final = 1  # rows are the positions whose logits are computed
 _REST: Final = 2  # tokens but for those of groups that `many_rows` serves
+_LEFT: Final = 3  # tokens that `Table.beside` left
 TYPES: Final = {torch.bfloat16: 0, torch.float32: 1}
 SOURCES: Final = tuple(
     Path(__file__).with_name(name)
-    for name in ("lora.cpp", "lora_plan.h", "lora_table.h", "lora_isa.h", "lora_kernels.inc")
+    for name in ("lora.cpp", "lora_plan.h", "lora_table.h", "lora_isa.h", "lora_kernels.inc", "beside.h")
 )
 
 _MESSAGES: Final = {
@@ -61,6 +62,7 @@ _SIGNATURES: Final[Mapping[str, Signature]] = {
     "lp_unbind": (INT, (POINTER, INT)),
     "lp_rows": (INT, (POINTER, INT, POINTER, LONG)),
     "lp_add": (INT, (POINTER, INT, INT, POINTER, LONG, POINTER, LONG, LONG, INT)),
+    "lp_add_beside": (INT, (POINTER, INT, POINTER, LONG, POINTER, LONG, LONG, INT, POINTER, POINTER)),
     "lp_add_embedding": (INT, (POINTER, INT, POINTER, LONG, POINTER, LONG, INT)),
     "lp_packed_b_bytes": (LONG, (LONG, LONG, INT)),
     "lp_pack_b": (INT, (POINTER, POINTER, LONG, LONG, LONG, FLOAT, INT)),
@@ -181,6 +183,8 @@ class Table:
         self._many_from = many_rows.MANY_ROWS * many_rows.useful(dtype) if many_from is None else many_from
         self._many: list[many_rows.Group] = []
         self._n_tokens = 0
+        self._beside, self._left = ctypes.c_void_p(), ctypes.c_int()
+        self._beside_at, self._left_at = ctypes.byref(self._beside), ctypes.byref(self._left)
         self.idle = [True, True]  # per kind: no row wants an adapter
         for number, module in enumerate(self.modules):
             self._describe(number, module)
@@ -243,8 +247,42 @@ class Table:
             KernelError: shapes or types that do not fit; y is unchanged.
 
         """
-        if self.idle[kind]:
+        if kind != _LEFT and self.idle[kind]:
             return
+        rows = self._fitting(module, y, x)
+        if self._many and kind == TOKENS:
+            self._add_many(module, y, x)
+            kind = _REST
+        error = self._library.lp_add(self._table, module, kind, *rows)
+        if error:
+            _check(error)
+
+    def beside(self, module: int, y: torch.Tensor, x: torch.Tensor) -> tuple[int | None, int | None]:
+        """Have the linear layer that is about to write `y` add each token's update to it, as `add` would afterwards.
+
+        Returns:
+            What the layer's kernel is to be given, valid until the next call here, None for nothing; and the kind to
+            call `add` with for what is better added afterwards, None for nothing. A layer that cannot be given
+            anything is right with `add` for TOKENS.
+
+        Raises:
+            KernelError: as of `add`.
+
+        """
+        if self.idle[TOKENS]:
+            return None, None
+        if self._many:
+            return None, TOKENS
+        error = self._library.lp_add_beside(
+            self._table, module, *self._fitting(module, y, x), self._beside_at, self._left_at
+        )
+        if error:
+            _check(error)
+        beside = self._beside.value
+        return beside, (TOKENS if beside is None else _LEFT) if self._left.value else None
+
+    def _fitting(self, module: int, y: torch.Tensor, x: torch.Tensor) -> tuple[int, ...]:
+        """Return where y and x lie, as the kernels are told."""
         geometry = self.modules[module]
         n_rows, width = y.shape
         if x.shape != (n_rows, geometry.in_features) or width < geometry.width:
@@ -254,22 +292,7 @@ class Table:
         (y_stride, y_unit), (x_stride, x_unit) = y.stride(), x.stride()
         if x.dtype != self.dtype or y.dtype != self.dtype or x_unit != 1 or y_unit != 1:
             raise KernelError(f"module {module}: x and y must be {self.dtype} with unit stride along a row")
-        if self._many and kind == TOKENS:
-            self._add_many(module, y, x)
-            kind = _REST
-        error = self._library.lp_add(
-            self._table,
-            module,
-            kind,
-            y.data_ptr(),
-            y_stride,
-            x.data_ptr(),
-            x_stride,
-            n_rows,
-            self._type,
-        )
-        if error:
-            _check(error)
+        return y.data_ptr(), y_stride, x.data_ptr(), x_stride, n_rows, self._type
 
     def _add_many(self, module: int, y: torch.Tensor, x: torch.Tensor) -> None:
         """Serve the groups of many rows by torch's products."""

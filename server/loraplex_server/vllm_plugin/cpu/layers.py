@@ -8,21 +8,28 @@ import torch
 from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 
 from loraplex_server.vllm_plugin.cpu.kernels import SAMPLES, Table
+from loraplex_server.vllm_plugin.cpu.panels import TAKE_LORA
 
 
 class ModuleLora:
     """The punica wrapper of one layer: the stacked tensors vLLM passes are not read, the table is.
 
-    See `punica.GroupedPunicaWrapper` for what the methods promise; `module` is the layer's number in the table.
+    See `punica.GroupedPunicaWrapper` for what the methods promise; `module` is the layer's number in the table. Where
+    the base's layer runs on our kernels it adds LoRA itself, and there is nothing left to do (`by_base`).
     """
 
-    def __init__(self, table: Table, module: int) -> None:
+    def __init__(self, table: Table, module: int, base: torch.nn.Module | None = None) -> None:
         self.table = table
         self.module = module
+        take_lora = getattr(base, TAKE_LORA, None)
+        self.by_base = take_lora is not None
+        if take_lora is not None:
+            take_lora(module)
 
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *_stacked: Any, **_unused: Any) -> None:
         """Add each row's delta to `y` (rows, sum of slices), for `x` (rows, in_features)."""
-        torch.ops.loraplex.add_lora(y, x, self.module)
+        if not self.by_base:
+            torch.ops.loraplex.add_lora(y, x, self.module)
 
     def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *_stacked: Any, **_unused: Any) -> None:
         """Add the delta of each sampled position's adapter to the logits `y` (positions, vocabulary).

@@ -137,7 +137,9 @@ int lp_rows(void* table, int kind, const int32_t* slot_of_row, int64_t n_rows) {
 // of a whole prompt so); else exactly as many as announced.
 int lp_add(void* table, int module, int kind, void* y, int64_t y_stride, const void* x, int64_t x_stride,
            int64_t n_rows, int type) {
-    if (!table || kind < 0 || kind >= KINDS || n_rows < 0 || n_rows > ROWS_MAX) return BAD_ARGUMENT;
+    if (!table || kind < 0 || kind > LEFT || n_rows < 0 || n_rows > ROWS_MAX) return BAD_ARGUMENT;
+    const Which which = kind == LEFT ? Which::LEFT : Which::ALL;
+    if (kind == LEFT) kind = TOKENS;
     return guarded([&]() -> int {
         Table& own = *static_cast<Table*>(table);
         if (module < 0 || size_t(module) >= own.modules.size()) return NO_MODULE;
@@ -145,15 +147,48 @@ int lp_add(void* table, int module, int kind, void* y, int64_t y_stride, const v
         if (one.slices.empty()) return NO_MODULE;
         if (own.rows[kind].groups.empty()) return OK;
         if (type != own.type) return WRONG_TYPE;
-        const int error = collect(own, one, kind, n_rows);
+        const int error = collect(own, one, kind, n_rows, which);
         if (error) return error;
         if (own.pieces.empty() || !n_rows) return OK;
         if (!y || !x) return BAD_ARGUMENT;
         if (n_rows > 1 && (y_stride < one.width || x_stride < one.in_features)) return NARROW;
         const int64_t size = size_of(type);
-        const double cost = plan(own, one);
+        const double cost = plan_shrink(own, one) + plan_expand(own);
         run(own, {static_cast<char*>(y), y_stride * size, static_cast<const char*>(x), x_stride * size, one.in_features},
             cost);
+        return OK;
+    });
+}
+
+// As lp_add for tokens, beside the linear layer of the same x and y: `*beside` is what that layer is to be given, valid
+// until the next call for the table; null for nothing. `*left` is 1 where there is more to be added afterwards: by lp_add
+// for kind LEFT, or, with nothing to go along, TOKENS. It all gives the same to the bit.
+int lp_add_beside(void* table, int module, void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t n_rows,
+                  int type, const Beside** beside, int* left) {
+    if (!table || !beside || !left || n_rows < 0 || n_rows > ROWS_MAX) return BAD_ARGUMENT;
+    *beside = nullptr;
+    *left = 0;
+    return guarded([&]() -> int {
+        Table& own = *static_cast<Table*>(table);
+        if (module < 0 || size_t(module) >= own.modules.size()) return NO_MODULE;
+        Module& one = own.modules[size_t(module)];
+        if (one.slices.empty()) return NO_MODULE;
+        if (own.rows[TOKENS].groups.empty()) return OK;
+        if (type != own.type) return WRONG_TYPE;
+        const Rows& rows = own.rows[TOKENS];
+        *left = !fits_beside(own, one) || !std::all_of(rows.groups.begin(), rows.groups.end(),
+                                                       [&](const Group& group) { return goes_beside(rows, group); });
+        if (!fits_beside(own, one)) return OK;
+        const int error = collect(own, one, TOKENS, n_rows, Which::BESIDE);
+        if (error) return error;
+        if (!y || !x) return BAD_ARGUMENT;
+        if (y_stride < one.width || x_stride < one.in_features) return NARROW;
+        const int64_t size = size_of(type);
+        plan_shrink(own, one);
+        reset(own);
+        own.call = {static_cast<char*>(y), y_stride * size, static_cast<const char*>(x), x_stride * size, one.in_features};
+        own.beside = {before, behind, table};
+        *beside = &own.beside;
         return OK;
     });
 }

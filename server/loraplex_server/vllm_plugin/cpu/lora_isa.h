@@ -61,6 +61,7 @@ struct Expand {
     const char* t;
     int64_t t_stride;
     int64_t words;  // of a row of t
+    int64_t out_features;
     int64_t row_from, row_to, column_from, column_to;
 };
 

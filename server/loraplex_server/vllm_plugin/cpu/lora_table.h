@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "beside.h"
 #include "lora_isa.h"
 
 namespace {
@@ -32,7 +33,8 @@ constexpr int64_t FEATURES_MAX = int64_t(1) << 24;  // also the vocabulary of an
 constexpr int64_t ROWS_MAX = int64_t(1) << 24;
 constexpr int RANK_MAX = 4096;
 
-enum Kind : int { TOKENS = 0, SAMPLES = 1, REST = 2, KINDS = 3 };  // REST: tokens but for those served elsewhere
+// REST: tokens but for those served elsewhere. LEFT, for lp_add alone: tokens that lp_add_beside left.
+enum Kind : int { TOKENS = 0, SAMPLES = 1, REST = 2, KINDS = 3, LEFT = 3 };
 
 // Where one slice of one adapter lies; rank 0: the adapter does not touch it.
 struct Weights {
@@ -89,6 +91,14 @@ struct Counters {
     alignas(64) std::atomic<int64_t> expand{0};  // units of the second phase that are taken
 };
 
+struct Call {
+    char* y;
+    int64_t y_stride;
+    const char* x;
+    int64_t x_stride;
+    int64_t in_features;
+};
+
 struct Table {
     Table(int modules, int slots, int type)
         : type(type), isa(choose_isa()), n_slots(slots), modules(size_t(modules)), bound(size_t(slots)) {}
@@ -104,6 +114,8 @@ struct Table {
     int64_t n_shrink = 0;  // the first units are of the first phase
     std::unique_ptr<Counters> counters{new Counters};
     std::vector<char> t;
+    Call call = {};  // the one that goes along with a linear layer
+    Beside beside = {};
 };
 
 int set_rows(Table& table, Rows& rows, const int32_t* slot_of_row, int64_t n_rows) {

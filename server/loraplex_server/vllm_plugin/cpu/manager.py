@@ -81,7 +81,8 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
         self.table = Table(kernel_library(), geometry, slots, self.lora_config.lora_dtype)
         for number, module in enumerate(self.modules.values()):
             _replace_stacked(module, slots)
-            module.set_mapping(ModuleLora(self.table, number))
+            linear = module.base_layer if isinstance(module, BaseLinearLayerWithLoRA) else None
+            module.set_mapping(ModuleLora(self.table, number, linear))
             if isinstance(module, VocabParallelEmbeddingWithLoRA):
                 module.__class__ = NativeEmbedding
         ops.define()

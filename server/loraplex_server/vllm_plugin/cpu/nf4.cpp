@@ -112,14 +112,14 @@ int lp_nf4_unpack(uint16_t* dst, const uint8_t* packed, const float* code, int64
 }
 
 // y (rows, n) = x (rows, k) times the packed weight (n, k) transposed, plus bias (n) where there is one; all bf16 with
-// unit stride along a row. `code` is the table of 16.
+// unit stride along a row. `code` is the table of 16; `beside` may be null.
 int lp_nf4_linear(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, const uint8_t* packed,
                   const uint16_t* bias, const float* code, int64_t rows, int64_t n, int64_t k, int64_t group,
-                  int int8) {
+                  int int8, const Beside* beside) {
   if ((rows && (!y || !x)) || !packed || !code || rows < 0 || !fits(n, k, group)) return kBadArgument;
   const Nf4 weights{{n, k, bias, packed, code, group}};
-  return int8 ? multiply<ProductOfBytes>(weights, y, y_stride, x, x_stride, rows)
-              : multiply<Product<Nf4>>(weights, y, y_stride, x, x_stride, rows);
+  return int8 ? multiply<ProductOfBytes>(weights, y, y_stride, x, x_stride, rows, beside)
+              : multiply<Product<Nf4>>(weights, y, y_stride, x, x_stride, rows, beside);
 }
 
 }

@@ -2,6 +2,7 @@
 
     packed = pack([Quantized(codes, absmax, (n, k), 64), ...])     # the projections of one layer, one below the other
     y = torch.ops.loraplex.nf4_linear(x, packed.memory, bias, packed.out_features, packed.group, packed.int8)
+    y = torch.ops.loraplex.nf4_linear_lora(..., module)      # the same, and what adapters add (`ops`)
 
 Weights are those of bitsandbytes (QLoRA, arXiv 2305.14314): code i of a block stands for bf16(TABLE[i] * absmax), to
 the bit. Blocks run over the flat weight, as it was quantized, whatever the width of its rows; bitsandbytes' own
@@ -30,13 +31,13 @@ from typing import Final
 
 import torch
 
-from loraplex_server.vllm_plugin.cpu import build, many_rows, pages
+from loraplex_server.vllm_plugin.cpu import build, many_rows, ops, pages
 from loraplex_server.vllm_plugin.cpu.build import INT, LONG, POINTER, Signature
-from loraplex_server.vllm_plugin.cpu.panels import HEADER, Operator, checked_rows
+from loraplex_server.vllm_plugin.cpu.panels import HEADERS, Operator, checked_rows
 
 SOURCES: Final = (
     *(Path(__file__).with_name(name) for name in ("nf4.cpp", "nf4_panels.h", "nf4_int8.h")),
-    HEADER,
+    *HEADERS,
 )
 GROUPS: Final = (64, 32, 16)  # inputs that share a scale; smaller ones would cost more memory than they save
 STRIP_BYTES: Final = (
@@ -60,7 +61,7 @@ _SIGNATURES: Final[Mapping[str, Signature]] = {
     "lp_nf4_unpack": (INT, (POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, LONG)),
     "lp_nf4_linear": (
         INT,
-        (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, INT),
+        (POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, INT, POINTER),
     ),
 }
 _MESSAGES: Final = {-1: "a null pointer or a size that cannot be", -2: "out of memory"}
@@ -100,7 +101,8 @@ def load() -> ctypes.CDLL:
 
     """
     loaded = build.load(SOURCES, _SIGNATURES)
-    _OPERATOR.define(linear, _like_linear)
+    _LINEAR.define(linear, _like_linear)
+    _LINEAR_LORA.define(_linear_lora, _like_linear)
     return loaded
 
 
@@ -188,6 +190,33 @@ def linear(
         NotNF4Error: types or sizes that do not fit.
 
     """
+    rows, y = _checked_for(x, memory, bias, out_features, group)
+    _multiply(y, rows, memory, bias, group, int8=int8, beside=None)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_lora(
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group: int,
+    int8: bool,
+    module: int,
+) -> torch.Tensor:
+    rows, y = _checked_for(x, memory, bias, out_features, group)
+
+    def multiply(beside: int | None) -> None:
+        _multiply(y, rows, memory, bias, group, int8=int8, beside=beside)
+
+    ops.with_lora(module, y, rows, multiply, kernels=not _by_torch(rows, int8=int8))
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _checked_for(
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, out_features: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows (rows, in_features), and memory for the result (rows, out_features)."""
     try:
         rows = checked_rows(x, bias, out_features)
     except ValueError as error:
@@ -195,18 +224,33 @@ def linear(
     in_features = rows.shape[1]
     if memory.numel() != _packed_bytes(out_features, in_features, group):
         raise NotNF4Error(f"{memory.numel()} bytes are no weight of {out_features} x {in_features}")
-    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.bfloat16)
-    if not int8 and rows.shape[0] >= many_rows.MANY_ROWS and _amx():
-        _linear_by_torch(y.view(-1, out_features), rows, memory, bias, group)
-        return y
+    return rows, torch.empty((rows.shape[0], out_features), dtype=torch.bfloat16)
+
+
+def _by_torch(rows: torch.Tensor, *, int8: bool) -> bool:
+    return not int8 and rows.shape[0] >= many_rows.MANY_ROWS and _amx()
+
+
+def _multiply(
+    y: torch.Tensor,
+    rows: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: int,
+    *,
+    int8: bool,
+    beside: int | None,
+) -> None:
+    (count, in_features), out_features = rows.shape, y.shape[1]
+    if _by_torch(rows, int8=int8):
+        _linear_by_torch(y, rows, memory, bias, group)
+        return
     _check(
         load().lp_nf4_linear(
             y.data_ptr(), out_features, rows.data_ptr(), rows.stride(0), memory.data_ptr(),
-            None if bias is None else bias.data_ptr(), _TABLE_AT, rows.shape[0], out_features, in_features, group,
-            int8,
+            None if bias is None else bias.data_ptr(), _TABLE_AT, count, out_features, in_features, group, int8, beside,
         )
     )  # fmt: skip
-    return y
 
 
 def _linear_by_torch(
@@ -246,15 +290,16 @@ def _like_linear(
     out_features: int,
     group: int,
     int8: bool,
+    module: int = 0,
 ) -> torch.Tensor:
     """Say for tracing what comes out."""
-    del memory, bias, group, int8
+    del memory, bias, group, int8, module
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_OPERATOR: Final = Operator(
-    "nf4_linear(Tensor x, Tensor memory, Tensor? bias, int out_features, int group, bool int8) -> Tensor"
-)
+_TAKEN: Final = "Tensor x, Tensor memory, Tensor? bias, int out_features, int group, bool int8"
+_LINEAR: Final = Operator(f"nf4_linear({_TAKEN}) -> Tensor")
+_LINEAR_LORA: Final = Operator(f"nf4_linear_lora({_TAKEN}, int module) -> Tensor")
 
 
 def _check(error: int) -> None:

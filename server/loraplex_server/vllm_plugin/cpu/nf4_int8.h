@@ -136,8 +136,11 @@ struct ProductOfBytes {
       for (int64_t unit = 0; unit < tiles * shares; ++unit)
         round_tile(unit / shares, tiles, unit % shares * kGroupsAtOnce, x);
       float* sums = static_cast<float*>(sum_scratch.of(rows.count * kDouble * 4));
+      rows.before();
       if (sums) {
-        for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) run_double(number, tiles, x, sums);
+        for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) {
+          run_double(number, tiles, x, sums);
+        }
       } else {
         done = false;
       }
@@ -169,8 +172,7 @@ struct ProductOfBytes {
                             sums + from * kDouble + half * kPanel, table);
         }
     }
-    const int64_t output = number * kDouble;
-    finish(sums, rows.count, w.bias ? w.bias + output : nullptr, w.n - output, rows.y + output, rows.y_stride);
+    finish_double(sums, rows, w.bias, w.n, number);
   }
 };
 

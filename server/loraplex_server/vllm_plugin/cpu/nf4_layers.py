@@ -19,10 +19,13 @@ import torch
 
 from loraplex_server.vllm_plugin.cpu import nf4
 from loraplex_server.vllm_plugin.cpu.build import BuildError
+from loraplex_server.vllm_plugin.cpu.panels import TAKE_LORA
 
 PACKED: Final = "loraplex_nf4"
-"""The attribute of a layer with packed weights: outputs, group and int8 of its `nf4.Packed`."""
+"""The attribute of a layer with packed weights: outputs, group and int8 of its `nf4.Packed`, and its number in the LoRA
+table where it adds LoRA itself."""
 
+PLAIN: Final = 3  # of PACKED, without LoRA
 _APPLY_ARGUMENTS: Final = ["self", "layer", "x", "bias"]
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
 
@@ -64,10 +67,11 @@ def _apply_packed(stock_apply: Callable[..., torch.Tensor]) -> Callable[..., tor
         packed = getattr(layer, PACKED, None)
         if packed is None:
             return stock_apply(self, layer, x, bias)
+        linear = getattr(torch.ops.loraplex, "nf4_linear" if len(packed) == PLAIN else "nf4_linear_lora")
         if x.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16):
-            y: torch.Tensor = torch.ops.loraplex.nf4_linear(x, layer.weight, bias, *packed)
+            y: torch.Tensor = linear(x, layer.weight, bias, *packed)
             return y
-        y = torch.ops.loraplex.nf4_linear(x.to(torch.bfloat16), layer.weight, None, *packed).to(x.dtype)
+        y = linear(x.to(torch.bfloat16), layer.weight, None, *packed).to(x.dtype)
         return y if bias is None else y + bias
 
     return apply
@@ -81,7 +85,9 @@ def _pack(layer: torch.nn.Module, *, int8: bool) -> None:
         _log.info("%s stays with bitsandbytes: %s", getattr(layer, "prefix", "a layer"), error)
         return
     layer.weight = torch.nn.Parameter(packed.memory, requires_grad=False)  # the original is let go
-    setattr(layer, PACKED, (packed.out_features, packed.group, packed.int8))
+    plain = (packed.out_features, packed.group, packed.int8)
+    setattr(layer, PACKED, plain)
+    setattr(layer, TAKE_LORA, lambda module: setattr(layer, PACKED, (*plain, module)))
 
 
 def _quantized(weight: Any) -> list[nf4.Quantized]:

@@ -4,6 +4,8 @@
     loraplex::add_lora_logits(Tensor(a!) y, Tensor x, int module) -> ()
     loraplex::add_lora_embedding(Tensor(a!) y, Tensor ids, int module) -> ()
 
+    with_lora(module, y, x, linear)         # for the operators of linear layers that are given LoRA along
+
 `define()` makes them, once per process. They work on the table given to `use()`, one per process as vLLM has one
 model per worker, and on the rows last announced to that table: so a compiled graph is right for every batch. With no
 adapter in the batch they return at once. x and y may have more than two dimensions, as long as their rows lie evenly.
@@ -11,6 +13,7 @@ adapter in the batch they return at once. x and y may have more than two dimensi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -60,6 +63,31 @@ def define() -> None:
 
 def _nothing(_y: torch.Tensor, _x: torch.Tensor, _module: int) -> None:
     """What the operators return, for tracing: nothing, and no new tensor."""
+
+
+def with_lora(
+    module: int,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    linear: Callable[[int | None], None],
+    *,
+    kernels: bool = True,
+) -> None:
+    """Compute a linear layer and add what the rows' adapters add to it.
+
+    Args:
+        module: the layer's number in the table in use.
+        y: (rows, outputs), which `linear` writes.
+        x: (rows, inputs).
+        linear: computes the layer, given what its kernel is to have go along (`Table.beside`).
+        kernels: whether it has a kernel that can have something go along.
+
+    """
+    table = table_in_use()
+    beside, left = table.beside(module, y, x) if kernels else (None, TOKENS)
+    linear(beside)
+    if left is not None:
+        table.add(module, left, y, x)
 
 
 def _add_lora(y: torch.Tensor, x: torch.Tensor, module: int) -> None:

@@ -16,17 +16,21 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "beside.h"
+
 #define ISA __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2")))
 
 namespace {
 
 constexpr int64_t kPanel = 16;          // outputs of a panel: the fp32 lanes of a register
 constexpr int64_t kDouble = 2 * kPanel;
+static_assert(kDouble == kBesideColumns);
 constexpr int64_t kFew = 16;            // rows up to which a weight is used up while it is in a register
 constexpr int64_t kTile = 12;           // rows at a time for two panels: 24 sums in the 32 registers
 constexpr int64_t kPart = 512;          // pairs of inputs whose weights stay in the cache while many rows use them
 constexpr int64_t kRows = 640;          // most rows at once: their sums stay in the cache
 constexpr int64_t kAlone = 1 << 20;     // products below which a second thread is not worth waking
+constexpr int64_t kBesideRows = 32;     // rows after which what goes along has its turn: a line of each is in the cache
 constexpr int64_t kPadding = 64;        // bytes behind the last panel: NF4 loads begin up to three bytes into a vector
 constexpr int kBadArgument = -1, kNoMemory = -2;
 
@@ -58,6 +62,15 @@ struct Rows {
   int64_t x_stride;
   uint16_t* y;
   int64_t y_stride, count;
+  int64_t first;         // of these among all rows of the call
+  const Beside* beside;  // may be null
+
+  void before() const {
+    if (beside) beside->before(beside->data);
+  }
+  void behind(int64_t from, int64_t to, int64_t column_from, int64_t column_to) const {
+    if (beside) beside->behind(beside->data, first + from, first + to, column_from, column_to);
+  }
 };
 
 // sums (rows, 32) += x (pairs, rows) times two panels w0 and w1; `ahead` bytes are read before they are needed.
@@ -136,6 +149,17 @@ ISA inline void finish(const float* sums, int64_t rows, const uint16_t* bias, in
   }
 }
 
+// The same for a double of any number of rows, with what goes along: a few rows at a time, which are in the cache then.
+ISA inline void finish_double(const float* sums, const Rows& rows, const uint16_t* bias, int64_t n, int64_t number) {
+  const int64_t output = number * kDouble, end = std::min(output + kDouble, n);
+  for (int64_t from = 0; from < rows.count; from += kBesideRows) {
+    const int64_t to = std::min(from + kBesideRows, rows.count);
+    finish(sums + from * kDouble, to - from, bias ? bias + output : nullptr, n - output,
+           rows.y + from * rows.y_stride + output, rows.y_stride);
+    rows.behind(from, to, output, end);
+  }
+}
+
 // What a kind of weights has to offer:
 //   int64_t n, k;  const uint16_t* bias;   // bias may be null
 //   void few(const uint32_t* x, int64_t rows, int64_t number, float* sums) const;
@@ -152,11 +176,6 @@ struct Product {
  private:
   bool worth_a_thread() const { return w.n * w.k * (rows.count + 8) > kAlone; }
 
-  void finish_double(int64_t number, const float* sums) const {
-    const int64_t output = number * kDouble;
-    finish(sums, rows.count, w.bias ? w.bias + output : nullptr, w.n - output, rows.y + output, rows.y_stride);
-  }
-
   // Decoding: every thread arranges x for itself, which costs less than waiting for another.
   bool few() const {
     std::atomic<int64_t> next{0};
@@ -165,11 +184,12 @@ struct Product {
     {
       uint32_t* x = static_cast<uint32_t*>(x_scratch.of(rows.count * w.k * 2));
       float sums[kFew * kDouble];
+      rows.before();
       if (x) {
         arrange(rows.x, rows.x_stride, rows.count, w.k / 2, x);
         for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) {
           w.few(x, rows.count, number, sums);
-          finish_double(number, sums);
+          finish_double(sums, rows, w.bias, w.n, number);
         }
       } else {
         done = false;
@@ -206,10 +226,11 @@ struct Product {
       }
       uint16_t* scratch = static_cast<uint16_t*>(w_scratch.of(kPart * kDouble * 4));
       float* sums = static_cast<float*>(sum_scratch.of(rows.count * kDouble * 4));
+      rows.before();
       if (scratch && sums) {
         for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) {
           run_double(number, x, scratch, sums);
-          finish_double(number, sums);
+          finish_double(sums, rows, w.bias, w.n, number);
         }
       } else {
         done = false;
@@ -220,12 +241,13 @@ struct Product {
 };
 
 // y (rows, n) = x (rows, k) times the weights' transpose, plus bias; unit stride along a row. 0, or an error.
-// P{w, rows}.run() does it for up to kRows rows; false: no memory.
+// P{w, rows}.run() does it for up to kRows rows, with what goes along; false: no memory.
 template <class P, class W>
-int multiply(const W& w, uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows) {
+int multiply(const W& w, uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows,
+             const Beside* beside) {
   for (int64_t part = 0, parts = (rows + kRows - 1) / kRows; part < parts; ++part) {
     const int64_t from = rows * part / parts, count = rows * (part + 1) / parts - from;
-    const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, count};
+    const Rows some{x + from * x_stride, x_stride, y + from * y_stride, y_stride, count, from, beside};
     if (!P{w, some}.run()) return kNoMemory;
   }
   return 0;

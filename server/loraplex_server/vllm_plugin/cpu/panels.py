@@ -9,7 +9,11 @@ from typing import Any, Final
 
 import torch
 
-HEADER: Final = Path(__file__).with_name("panels.h")
+HEADERS: Final = tuple(Path(__file__).with_name(name) for name in ("panels.h", "beside.h"))
+
+TAKE_LORA: Final = "loraplex_take_lora"
+"""The attribute of a layer on these kernels: called with its number in the LoRA table, the layer itself adds from then
+on what the rows' adapters add (`ops.with_lora`)."""
 
 
 def checked_rows(x: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
