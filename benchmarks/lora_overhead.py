@@ -7,9 +7,10 @@ Five engines of one base are alive at once: `base` (LoRA off, compiled: what our
 (LoRA on, our path, compiled), and vLLM as it is, without our kernels: `vllm` (LoRA off, compiled) and `stock`
 (LoRA on, vLLM's own wrapper, for which vLLM switches compilation off), whose ratios are held against `vllm`. These
 have the same threads, chosen by us; `shipped` is `stock` with the threads and processes that vLLM chooses itself. A
-round asks each for each case, in turn; ratios are taken within a round. Decode: 16
-sequences at once, prompts of 8 tokens, tokens per second over all of them, prompts included, rows of different
-adapters interleaved. Prefill: one prompt of 600 tokens, one new token.
+round asks each for each case, in turn; ratios are taken within a round. An engine that was asleep makes two tokens
+first that do not count. Decode: 16 sequences at once, prompts of 8 tokens, tokens per second over all of them, prompts
+included, rows of different adapters interleaved. Prefill: one prompt of 600 tokens, one new token. Then vLLM with LoRA
+off is started once more, compiled and not, beside each other.
 
 The whole is then done again on the base in NF4 (names begin with ``nf4_``); a ratio's target there is the bf16
 ratio of the same run, less 0.03.
@@ -75,9 +76,11 @@ RATIOS = (
     ("mixed16_vs_stock", "ours_mixed16_r16_all", "stock_mixed16_r16_all", 3.2),
     ("mixed16_vs_shipped", "ours_mixed16_r16_all", "shipped_mixed16_r16_all", None),
     ("prefill_ratio", "ours_prefill", "base_prefill", 0.92),
+    ("prefill_vs_vllm_off", "ours_prefill", "vllm_prefill", None),
     ("mixed16_vs_vllm_off", "ours_mixed16_r16_all", "vllm", None),
     ("base_vs_vllm_off", "base", "vllm", None),
     ("base_prefill_vs_vllm_off", "base_prefill", "vllm_prefill", None),
+    ("vllm_off_compiled_vs_eager", "compiled", "eager", None),
     ("stock_idle_ratio", "stock_idle", "vllm", None),
     ("stock_mixed8_qv_r8_ratio", "stock_mixed8_qv_r8", "vllm", None),
     ("stock_one_r16_all_ratio", "stock_one_r16_all", "vllm", None),
@@ -112,7 +115,7 @@ def make_cases(new_tokens: int) -> list[Case]:
         decode("base", nobody),
         decode("stock_mixed16_r16_all", mixed16, STOCK_ROUNDS),
         decode("vllm", nobody, STOCK_ROUNDS),
-        prefill("vllm", None, FEW_ROUNDS),
+        prefill("vllm", None),
         decode("shipped_mixed16_r16_all", mixed16, FEW_ROUNDS),
         decode("stock_idle", nobody, FEW_ROUNDS),
         decode("stock_mixed8_qv_r8", mixed8, 1),
@@ -121,14 +124,26 @@ def make_cases(new_tokens: int) -> list[Case]:
     ]
 
 
+def make_compile_cases(new_tokens: int) -> list[Case]:
+    """Return the cases of a round of vLLM alone, compiled and not."""
+    return [
+        Case(name, name, (None,) * ROWS, PROMPT_TOKENS, new_tokens, FEW_ROUNDS)
+        for name in ("compiled", "eager")
+    ]
+
+
 def run_rounds(engines: Mapping[str, Engine], cases: Sequence[Case], rounds: int) -> dict[str, list[float]]:
     """Return tokens per second by case, one value per round, after one round that is not counted."""
     rates: dict[str, list[float]] = defaultdict(list)
+    awake = ""
     for number in range(rounds + 1):
         seconds: dict[str, list[float]] = defaultdict(list)
         for case in cases:
             if not case.due(number):
                 continue
+            if case.engine != awake:
+                engines[case.engine].ask({"rows": case.rows, "prompt_tokens": PROMPT_TOKENS, "new_tokens": 2})
+                awake = case.engine
             request = {"rows": case.rows, "prompt_tokens": case.prompt_tokens}
             # The warm-up round touches every path, but need not go on for long.
             request["new_tokens"] = min(case.new_tokens, 2) if number == 0 else case.new_tokens
@@ -159,18 +174,28 @@ def measure(
         "stock": replace(on, wrapper="stock", linear="stock"),
         "shipped": replace(on, wrapper="stock", linear="stock", shipped=True),
     }
+    if shape.name == "tiny":
+        new_tokens *= TINY_MORE_TOKENS
+    rates, started = _with_engines(specs, make_cases(new_tokens), rounds, threads)
+    alone = {"compiled": specs["vllm"], "eager": replace(specs["vllm"], compile=False)}
+    more, _ = _with_engines(alone, make_compile_cases(new_tokens), min(rounds, FEW_ROUNDS), threads)
+    return summarize_rates(rates | more), started
+
+
+def _with_engines(
+    specs: Mapping[str, EngineSpec], cases: Sequence[Case], rounds: int, threads: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Start the engines, run the rounds, and return the rates, and what the engines said of themselves."""
     engines: dict[str, Engine] = {}
     try:
         for name, spec in specs.items():
             engines[name] = Engine(spec, threads=threads)
             print(f"{name}: {engines[name].started}", file=sys.stderr)
-        if shape.name == "tiny":
-            new_tokens *= TINY_MORE_TOKENS
-        rates = run_rounds(engines, make_cases(new_tokens), rounds)
+        rates = run_rounds(engines, cases, rounds)
     finally:
         for engine in engines.values():
             engine.close()
-    return summarize_rates(rates), {name: engine.started for name, engine in engines.items()}
+    return rates, {name: engine.started for name, engine in engines.items()}
 
 
 def summarize_rates(rates: Mapping[str, Sequence[float]]) -> list[Measurement]:

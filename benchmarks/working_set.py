@@ -58,7 +58,9 @@ def _turns(engines: dict[str, ServedEngine], *, rounds: int, calls: int, tokens:
             for times in STOCK_TIMES if name else TIMES:
                 adapters = int(SLOTS * times)
                 asked = {"do": "turns", "adapters": adapters, "through_server": not name}
-                asked |= {"calls": calls, "tokens": tokens} if number else {"calls": adapters, "tokens": 1}
+                # At least once each, or it would be a smaller set.
+                counted = {"calls": max(calls, adapters), "tokens": tokens}
+                asked |= counted if number else {"calls": adapters, "tokens": 1}
                 rate = engine.ask(asked)["tok_s"]
                 print(f"round {number}/{rounds} {name}ws{times:g}: {rate:.1f} tok/s", file=sys.stderr)
                 if number:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.lora_overhead import RATIOS, as_nf4, make_cases, summarize_rates
+from benchmarks.lora_overhead import RATIOS, as_nf4, make_cases, make_compile_cases, summarize_rates
 from benchmarks.models import SHAPES, ensure_adapters, linked_copies
 from benchmarks.step_profile import KINDS, PYTHON, step_times
 from benchmarks.table import as_markdown, make_rows
@@ -25,7 +25,7 @@ BARS = {
 
 def rates() -> dict[str, list[float]]:
     """Rates of two rounds; what is measured once is there once."""
-    cases = {case.name: case for case in make_cases(32)}
+    cases = {case.name: case for case in make_cases(32) + make_compile_cases(32)}
     return {name: [100.0, 110.0][: case.rounds] for name, case in cases.items()} | {"base": [200.0, 220.0]}
 
 
@@ -37,7 +37,7 @@ def test_the_bars_of_lora_overhead_are_printed_by_their_names() -> None:
 
 
 def test_every_ratio_is_made_of_cases_that_are_measured() -> None:
-    names = {case.name for case in make_cases(32)}
+    names = {case.name for case in make_cases(32) + make_compile_cases(32)}
     assert {name for _, above, below, _ in RATIOS for name in (above, below)} <= names
 
 
