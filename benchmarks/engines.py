@@ -55,7 +55,6 @@ class EngineSpec:
     slots: int = 0  # adapters in one batch; 0: as many as there are adapters
     cpu_adapters: int = 0  # adapters that vLLM keeps loaded; 0: as many as slots
     target_modules: tuple[str, ...] = ()  # wrap only these; empty: every module vLLM can wrap
-    worker_process: bool = False  # vLLM's default layout on CPU, see `Engine`
     shipped: bool = False  # threads, processes and kernels as vLLM comes, nothing chosen
     compile: bool = False  # torch.compile, which vLLM itself switches off on CPU as soon as LoRA is on
     trace_directory: str = ""  # where `profile` requests write; empty: no profiler
@@ -146,7 +145,7 @@ def _cpu_environment(spec: EngineSpec, threads: int) -> dict[str, str | None]:
         "OMP_NUM_THREADS": str(threads),
         # Without this vLLM puts the model into a process of its own on CPU, and the engine core polls for
         # its answers: with as many cores as threads that polling takes a third of the throughput.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if spec.worker_process else "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": SPIN_COUNT,
     }

@@ -29,8 +29,6 @@ class PeftSpec:
     base: str
     adapters: tuple[str, ...]
     threads: int
-    cache: str = "dynamic"  # or "static"
-    attention: str = "sdpa"  # or "eager"
 
 
 class PeftPeer(Child):
@@ -54,9 +52,7 @@ def _load(spec: PeftSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(spec.threads)
-    base = AutoModelForCausalLM.from_pretrained(
-        spec.base, dtype=torch.bfloat16, attn_implementation=spec.attention
-    )
+    base = AutoModelForCausalLM.from_pretrained(spec.base, dtype=torch.bfloat16, attn_implementation="sdpa")
     model: Any = None
     for number, path in enumerate(spec.adapters):
         # Without autocast PEFT would keep the adapters in fp32 and cast every row there and back.
@@ -71,12 +67,10 @@ def _load(spec: PeftSpec) -> Any:
     return model.eval()
 
 
-def _generate(model: Any, rows: int, spec: PeftSpec, request: dict[str, Any], **more: Any) -> list[list[int]]:
+def _generate(model: Any, rows: int, request: dict[str, Any], **more: Any) -> list[list[int]]:
     import torch
 
     prompt = torch.tensor([[2 + i % 500 for i in range(request["prompt_tokens"])]] * rows)
-    if spec.cache == "static":
-        more["cache_implementation"] = "static"
     found = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -90,15 +84,15 @@ def _generate(model: Any, rows: int, spec: PeftSpec, request: dict[str, Any], **
     return tokens
 
 
-def _answer(model: Any, spec: PeftSpec, request: dict[str, Any]) -> list[list[int]]:
+def _answer(model: Any, request: dict[str, Any]) -> list[list[int]]:
     rows: list[int | None] = request["rows"]
     if not request.get("serial"):
         names = [BASE_ROW if row is None else f"a{row}" for row in rows]
-        return _generate(model, len(rows), spec, request, adapter_names=names)
+        return _generate(model, len(rows), request, adapter_names=names)
     tokens = []
     for row in rows:
         model.set_adapter(f"a{row}", inference_mode=True)
-        tokens += _generate(model, 1, spec, request)
+        tokens += _generate(model, 1, request)
     return tokens
 
 
@@ -117,7 +111,7 @@ def _main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             start = time.perf_counter()
-            tokens = _answer(model, spec, request)
+            tokens = _answer(model, request)
             seconds = time.perf_counter() - start
             assert all(len(row) == request["new_tokens"] for row in tokens)
             print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers, flush=True)

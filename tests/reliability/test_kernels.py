@@ -30,12 +30,11 @@ def test_kernels_stay_within_the_error_bound(
     for dtype, name in runs:
         worst = round(run_cases(loaded, dtype, name, seed, each), 3)
         figure(
-            f"largest error, {name}, {str(dtype).removeprefix('torch.')}",
+            f"largest error of {each} cases, {name}, {str(dtype).removeprefix('torch.')}",
             worst,
             "<= 1 of the bound",
             worst <= 1,
         )
-    figure("kernel cases", each * len(runs), f">= {CASES}", each * len(runs) >= CASES)
 
 
 def test_kernels_are_built_in_an_empty_cache(
@@ -45,4 +44,5 @@ def test_kernels_are_built_in_an_empty_cache(
     built = load()
     assert torch.get_num_threads() >= 1
     assert [one.suffix for one in (tmp_path / "new").iterdir()] == [".so"]
-    figure("kernels built in an empty cache", built.lp_isa().decode(), "an instruction set", True)
+    found = built.lp_isa().decode()
+    figure("kernels built in an empty cache", found, "an instruction set", found in ISAS)

@@ -23,7 +23,7 @@ def write_models(directory: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def worker_manager(directory: Path, target_modules: list[str] | None = None) -> Iterator[Any]:
+def worker_manager(directory: Path, dtype: str = "float32") -> Iterator[Any]:
     """Build the base of `directory` and its `NativeWorkerLoRAManager`, as vLLM's model runner does it."""
     from vllm.config import CacheConfig, LoRAConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -37,7 +37,7 @@ def worker_manager(directory: Path, target_modules: list[str] | None = None) -> 
 
     model_config = ModelConfig(
         model=str(directory / "base"),
-        dtype="float32",
+        dtype=dtype,
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=64,
@@ -45,7 +45,7 @@ def worker_manager(directory: Path, target_modules: list[str] | None = None) -> 
     config = VllmConfig(
         model_config=model_config,
         cache_config=CacheConfig(block_size=32),
-        lora_config=LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK_MAX, target_modules=target_modules),
+        lora_config=LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK_MAX),
     )
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")

@@ -47,7 +47,7 @@ class Case:
 def random_case(rng: np.random.Generator) -> Case:
     """Return weights with rows that are whole blocks and rows that are not, sizes around every edge of the kernels."""
     block = int(rng.choice(BLOCKS))
-    in_features = GROUPS[-1] * int(rng.integers(1, 40) if rng.random() < 0.9 else rng.integers(40, 160))
+    in_features = GROUPS[-1] * int(rng.integers(1, 40) if rng.random() < 0.8 else rng.integers(40, 160))
     outs = [int(rng.integers(1, 70)) for _ in range(int(rng.choice((1, 1, 2, 3))))]
     weights = [random_weight(rng, out, in_features, block) for out in outs]
     n_rows = int(rng.choice(ROWS)) if rng.random() < 0.97 else int(rng.integers(630, 660))

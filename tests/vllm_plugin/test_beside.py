@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.request import LoRARequest
 
-from loraplex_server.vllm_plugin.cpu import bf16, nf4, ops
+from loraplex_server.vllm_plugin.cpu import bf16, bf16_layers, nf4, ops
 from loraplex_server.vllm_plugin.cpu.kernels import (
     TOKENS,
     Binding,
@@ -24,6 +27,7 @@ from loraplex_server.vllm_plugin.cpu.kernels import (
 from loraplex_server.vllm_plugin.cpu.kernels import pack_b as pack_b_into
 from loraplex_server.vllm_plugin.cpu.layers import ModuleLora
 from loraplex_server.vllm_plugin.cpu.panels import TAKE_LORA
+from tests.vllm_plugin.native_model import worker_manager, write_models
 from tests.vllm_plugin.nf4_cases import random_weight
 
 pytestmark = pytest.mark.usefixtures("bf16_here")
@@ -135,6 +139,41 @@ def test_a_layer_over_rows_in_more_than_two_dimensions_takes_them_one_after_the_
     table.rows(TOKENS, slots_of(rng, 40))
     x = torch.randn(2, 20, 128).to(DTYPE)
     assert torch.equal(layer.with_lora(x), layer.with_lora(x.view(40, 128)).view(2, 20, 128))
+
+
+@pytest.fixture(scope="module")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """vLLM's own layers, wrapped by the native manager, over a base on our kernels."""
+    from vllm.model_executor.layers import utils
+
+    stock = utils.dispatch_cpu_unquantized_gemm
+    bf16_layers.install(utils)
+    directory = tmp_path_factory.mktemp("bf16")
+    write_models(directory)
+    with worker_manager(directory, dtype="bfloat16") as manager:
+        yield manager, directory
+    utils.dispatch_cpu_unquantized_gemm = stock
+
+
+def test_vllms_layers_over_our_kernels_add_lora_once(bf16_model, in_use):
+    manager, directory = bf16_model
+    in_use(manager._adapter_manager.table)
+    names = {1: "four", 2: "sixteen"}
+    rows = [1] * 70 + [0, 2, 1, 2]
+    wanted = {LoRARequest(name, number, str(directory / name)) for number, name in names.items()}
+    manager.set_active_adapters(wanted, LoRAMapping(tuple(rows), tuple(rows)))
+    linear = 0
+    for number, module in enumerate(manager._adapter_manager.modules.values()):
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            continue
+        assert module.punica_wrapper.by_base
+        linear += 1
+        x = torch.randn(len(rows), module.input_size).to(DTYPE)
+        packed, outs = module.base_layer.weight.data, sum(module.output_slices)
+        expected = torch.ops.loraplex.bf16_linear(x, packed, module.base_layer.bias, outs)
+        manager._adapter_manager.table.add(number, TOKENS, expected, x)
+        assert torch.equal(module(x)[0], expected)
+    assert linear > 1
 
 
 @pytest.mark.parametrize("n_rows", [5, 90])

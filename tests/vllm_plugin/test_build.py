@@ -106,6 +106,50 @@ def test_what_others_may_write_is_not_loaded(tmp_path, cache, open_part):
         library([source(tmp_path)])
 
 
+@pytest.mark.parametrize("broken", [b"", b"half an object"])
+def test_an_object_that_cannot_be_loaded_is_built_anew(tmp_path, cache, broken):
+    built = library([source(tmp_path)])
+    built.chmod(0o700)
+    built.write_bytes(broken)
+    built.chmod(0o500)
+    assert build.load([source(tmp_path)], {"answer": (build.INT, ())}).answer() == 42
+
+
+def test_an_object_that_cannot_be_loaded_stays_where_nothing_could_build_another(
+    tmp_path, cache, monkeypatch
+):
+    built = library([source(tmp_path)])
+    built.chmod(0o700)
+    built.write_bytes(b"for another machine")
+    built.chmod(0o500)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BuildError, match="no C"):
+        build.load([source(tmp_path)], {})
+    assert built.read_bytes() == b"for another machine"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, cache, monkeypatch):
+    def refuse(**_where: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(build.tempfile, "mkstemp", refuse)
+    with pytest.raises(BuildError, match=f"{cache} cannot be used .Read-only file system.: set"):
+        library([source(tmp_path)])
+
+
+def test_a_user_without_a_home_is_told_what_to_set_and_can_set_it(tmp_path, cache, monkeypatch):
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert library([source(tmp_path)]).parent == cache
+    monkeypatch.delenv(build.CACHE_ENV)
+    with pytest.raises(BuildError, match=f"set {build.CACHE_ENV}"):
+        library([source(tmp_path)])
+
+
 def test_a_link_is_not_loaded(tmp_path, cache):
     built = library([source(tmp_path)])
     moved = built.rename(tmp_path / "elsewhere.so")

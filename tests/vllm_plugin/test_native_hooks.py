@@ -25,6 +25,7 @@ from loraplex_server.vllm_plugin.cpu import compiling, hooks
 from loraplex_server.vllm_plugin.cpu.blocks import STAGED
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
 from loraplex_server.vllm_plugin.cpu.manager import NativeLoRAModelManager, NativeWorkerLoRAManager
+from loraplex_server.vllm_plugin.cpu.pace import Pace
 
 
 def parameters(function: Any) -> tuple[str, ...]:
@@ -190,6 +191,20 @@ def test_compiled_graphs_on_disk_are_found_by_a_hash_of_our_code_and_can_be_read
     assert compiled(1) == 2
 
 
+@pytest.mark.parametrize(("mode", "read"), [(0o700, True), (0o755, True), (0o775, False), (0o777, False)])
+def test_nothing_compiled_is_read_from_where_others_may_write(monkeypatch, tmp_path, mode, read):
+    from torch._inductor import config as inductor
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+    tmp_path.chmod(mode)
+    with inductor.patch(cpp_cache_precompile_headers=True):
+        compiling.keep_to_own_files()
+        assert envs.VLLM_DISABLE_COMPILE_CACHE is not read
+        assert not inductor.cpp_cache_precompile_headers
+
+
 def test_the_settings_are_put_back_when_vllm_refuses_them(platform):
     def refuse(_cls: Any, _config: Any) -> None:
         raise ValueError("no")
@@ -262,7 +277,9 @@ class Reader:
 def taking_in(monkeypatch):
     """vLLM's method with ours around it, over a manager that holds adapter 1."""
     held = {1: "block 1"}
-    manager = SimpleNamespace(reader=Reader, block=lambda number: held.get(number) or STAGED.get(number))
+    manager = SimpleNamespace(
+        reader=Reader, block=lambda number: held.get(number) or STAGED.get(number), stage=STAGED.put
+    )
     monkeypatch.setattr(hooks, "_managers", [manager])
     taken: list[Any] = []
     method = hooks._staging(lambda self, request: taken.append(request))
@@ -294,12 +311,39 @@ def test_a_request_holds_its_block_whatever_is_dropped_meanwhile(taking_in):
     assert (taken[0].lora_request.lora_name, taken[0].lora_request.lora_path) == ("a2", "/good")
 
 
+def test_a_request_keeps_all_that_vllm_says_of_its_adapter(taking_in):
+    from vllm.lora.request import LoRARequest
+
+    take, taken = taking_in
+    asked = LoRARequest("a1", 1, "/good", base_model_name="base", load_inplace=True)
+    take(SimpleNamespace(lora_request=asked))
+    found = taken[0].lora_request
+    assert (found.base_model_name, found.load_inplace) == ("base", True)
+    assert found.block == "block of /good", "what is loaded in place is read anew"
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_own_request_before_any_step(taking_in):
     take, taken = taking_in
     with pytest.raises(ValueError, match="bad"):
         take(named(3, "/bad"))
     assert taken == []
     assert not STAGED.ids()
+
+
+def test_a_step_of_the_cpu_worker_is_what_pace_is_kept_around(monkeypatch):
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "execute_model" not in vars(CPUWorker), "pace wraps its base class"
+    assert '"execute_model"' in inspect.getsource(Executor.execute_model)
+    pace, steps = Pace(), []
+    monkeypatch.setattr(hooks, "PACE", pace)
+    paced = hooks._paced(lambda _self, output: steps.append((output, pace._stepping)))
+    paced(None, "scheduled")
+    assert steps == [("scheduled", True)]
+    hooks.install(type("OurPlatform", (Platform,), {}), required=False)
+    assert Worker.execute_model.keeps_pace
 
 
 def test_an_unknown_choice_names_the_known_ones(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def wrapped(directory):
 def manager(wrapped):
     """The manager, empty; the model is wrapped once for all tests."""
     ops.use(wrapped._adapter_manager.table)
+    wrapped.booked = True
     yield wrapped
     for number in wrapped.list_adapters():
         wrapped.remove_adapter(number)
@@ -146,6 +148,71 @@ def test_an_adapter_without_a_slot_stays_in_memory_until_it_is_removed(manager, 
     assert {number: manager.block(number) for number in blocks} == blocks
     assert manager.list_adapters() == set(blocks)
     assert sum(number is not None for number in manager._adapter_manager.lora_index_to_id) == SLOTS
+
+
+def test_without_a_servers_books_the_adapter_unused_for_longest_goes(manager, directory):
+    manager.booked = False
+    assert manager.lora_config.max_cpu_loras == SLOTS == 3
+    for number in (1, 2, 3, 1, 4):
+        step(manager, directory, [number])
+    assert manager.list_adapters() == {1, 3, 4}
+    module, parts = module_and_parts(manager, "qkv_proj")
+    for rows in ([1, 3, 4], [2, 4, 3], [4, 1, 2]):  # any of them, in whatever order vLLM asks for them
+        x = torch.randn(3, 256)
+        step(manager, directory, rows)
+        found, base = module(x)[0], module.base_layer(x)[0]
+        for row, number in enumerate(rows):
+            wanted = base[row] + expected_delta(directory, number, parts, x[row])
+            torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
+        assert manager.list_adapters() == set(rows)
+
+
+def test_without_a_servers_books_what_was_read_for_requests_that_never_ran_does_not_pile_up(
+    manager, directory
+):
+    manager.booked = False
+    block = manager.reader().read(str(directory / "four"))
+    for number in range(10, 30):
+        manager.stage(number, block)
+        assert STAGED.get(number) is block
+        assert len(STAGED.ids()) <= SLOTS
+    manager.add_adapter(BoundRequest("four", 29, "/nowhere", block=block))
+    assert 29 not in STAGED
+
+
+def test_an_adapter_to_be_loaded_in_place_is_read_anew_whatever_is_kept_of_it(manager, directory):
+    module, parts = module_and_parts(manager, "qkv_proj")
+    step(manager, directory, [1])
+    STAGED.put(1, manager.block(1))
+    manager.add_adapter(LoRARequest("one", 1, str(directory / "four"), load_inplace=True))
+    x = torch.randn(1, 256)
+    wanted = module.base_layer(x)[0][0] + expected_delta(directory, 2, parts, x[0])
+    torch.testing.assert_close(module(x)[0][0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_step_would_bind_may_be_asked_for_while_adapters_come_and_go(manager, directory):
+    block, wrong, over = manager.reader().read(str(directory / "four")), [], threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                for number in range(1, 400):
+                    if manager.block(number) not in (None, block):
+                        wrong.append(number)
+            except RuntimeError as error:
+                wrong.append(error)
+                return
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(10):
+        for number in range(1, 400):
+            manager.add_adapter(BoundRequest(f"a{number}", number, "/nowhere", block=block))
+        for number in range(1, 400):
+            manager.remove_adapter(number)
+    over.set()
+    asking.join()
+    assert not wrong
 
 
 def test_the_memory_of_an_adapter_goes_when_it_is_removed(manager, directory):

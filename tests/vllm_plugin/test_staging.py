@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +220,9 @@ async def test_while_the_engine_is_in_a_step_nothing_is_made(place: Path, tmp_pa
             await asyncio.sleep(0.1)
             assert rig.blocks.read == ["before"]
             assert not during.done()
+        ended = time.monotonic()
         assert await during == 4
+        assert time.monotonic() - ended < 2, "it slept through the rest after the step"
 
 
 async def test_an_adapter_comes_in_however_long_a_step_is(place: Path, tmp_path: Path) -> None:

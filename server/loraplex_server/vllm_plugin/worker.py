@@ -36,7 +36,9 @@ class WorkerExtension:
         from loraplex_server.vllm_plugin.cpu.blocks import STAGED
         from loraplex_server.vllm_plugin.cpu.staging import Staging
 
-        read = self.model_runner.lora_manager.reader().read
+        manager = self.model_runner.lora_manager
+        manager.booked = True
+        read = manager.reader().read
         Staging(Path(directory), read=read, store=STAGED, peer_pid=peer_pid, roots=roots).start()
 
     def loraplex_memory(self) -> dict[str, int]:

@@ -129,7 +129,10 @@ def build(
     half = bisect_left(places, size // 2, key=lambda place: place.a_offset)
     with ThreadPoolExecutor(1, thread_name_prefix="loraplex-build") as helper:
         second = helper.submit(fill, places[half:])
-        return AdapterBlock(Binding.of([*fill(places[:half]), *second.result()], keep=memory), size)
+        binding = Binding.of([*fill(places[:half]), *second.result()], keep=memory)
+        return AdapterBlock(
+            binding, memory.untyped_storage().nbytes()
+        )  # memory used again may be more than asked for
 
 
 def _lay_out(

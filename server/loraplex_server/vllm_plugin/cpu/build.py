@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -57,9 +58,19 @@ def library(sources: Sequence[Path]) -> Path:
             makes another object.
 
     Raises:
-        BuildError: no compiler, no OpenMP runtime, the compiler failed, or the cache is not the user's own.
+        BuildError: no compiler, no OpenMP runtime, the compiler failed, or the cache cannot be written or is not the
+            user's own.
 
     """
+    try:
+        return _library(sources)
+    except OSError as error:
+        raise BuildError(
+            f"the cache {cache_directory()} cannot be used ({error.strerror}): set {CACHE_ENV}"
+        ) from error
+
+
+def _library(sources: Sequence[Path]) -> Path:
     runtime = openmp_runtime()
     made_of = cache_directory() / f"{sources[0].stem}-{_digest_of_sources(sources, runtime)}"
     try:
@@ -80,11 +91,22 @@ def library(sources: Sequence[Path]) -> Path:
 def load(sources: Sequence[Path], signatures: Mapping[str, Signature]) -> ctypes.CDLL:
     """Build `sources` if need be, load them, and say what their functions return and take.
 
+    An object that cannot be loaded is built anew, once: a machine that lost power may have kept its name alone.
+
     Raises:
-        BuildError: see `library`.
+        BuildError: see `library`; or the object cannot be loaded, as from a file system without execution.
 
     """
-    loaded = ctypes.CDLL(str(library(sources)))
+    target = library(sources)
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError:
+        find_compiler()
+        target.unlink(missing_ok=True)
+        try:
+            loaded = ctypes.CDLL(str(library(sources)))
+        except OSError as error:
+            raise BuildError(f"what was built cannot be loaded ({error}): set {CACHE_ENV}") from error
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -143,8 +165,7 @@ def cache_directory() -> Path:
         BuildError: it cannot be made, or another user could write into it.
 
     """
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    directory = Path(os.environ.get(CACHE_ENV) or f"{base}/loraplex/kernels")
+    directory = Path(os.environ.get(CACHE_ENV) or _users_cache() / "loraplex" / "kernels")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -153,10 +174,24 @@ def cache_directory() -> Path:
     return directory
 
 
+def _users_cache() -> Path:
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError(f"this user has no home for a cache: set {CACHE_ENV}") from error
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or directory of this status is this user's, and no other may write it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
 def _require_own(path: Path) -> None:
     """Refuse to load code that someone else may have written."""
     status = path.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+    if not is_own(status) or stat.S_ISLNK(status.st_mode):
         raise BuildError(
             f"{path} belongs to another user, can be written by one, or is a link: set {CACHE_ENV} to a directory of "
             "your own"
@@ -164,7 +199,7 @@ def _require_own(path: Path) -> None:
 
 
 def _digest_of_sources(sources: Sequence[Path], runtime: Path) -> str:
-    digest = hashlib.sha256(repr((FLAGS, str(runtime))).encode())
+    digest = hashlib.sha256(repr((FLAGS, str(runtime), platform.machine())).encode())
     for source in sources:
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     return digest.hexdigest()[:32]
@@ -201,10 +236,21 @@ def _compile(compiler: tuple[str, ...], sources: Sequence[Path], runtime: Path, 
             ]
         )
         Path(partial).chmod(0o500)
+        _to_disk(partial)
         Path(partial).replace(target)
+        _to_disk(str(target.parent))
     finally:
         with contextlib.suppress(FileNotFoundError):
             Path(partial).unlink()
+
+
+def _to_disk(path: str) -> None:
+    """Have what was written survive a loss of power; of a directory, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _run(command: list[str]) -> str:

@@ -10,6 +10,8 @@ vLLM writes what was compiled to disk, but on CPU fails to read it back, and com
 loaded to finish loading, which only the form it uses on GPUs knows. `reuse_compiled` gives the CPU's form that method.
 The graph on disk holds what our layers were when it was made: numbers of modules, and by which operator each is
 computed. It is found by a hash of the settings; `tell_apart` puts our code, its choices and the processor into those.
+
+What is read back is code: `keep_to_own_files` sees to it that nobody else can have written it.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from vllm import envs
 
 from loraplex_server.vllm_plugin.cpu import bf16, many_rows
-from loraplex_server.vllm_plugin.cpu.build import BuildError
+from loraplex_server.vllm_plugin.cpu.build import BuildError, is_own
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
 
 IN_THE_GRAPH: Final = (
@@ -69,6 +72,22 @@ def reuse_compiled() -> None:
 
     if not hasattr(Compiled, "finalize_loading"):
         Compiled.finalize_loading = _nothing_left
+
+
+def keep_to_own_files() -> None:
+    """Have compilation neither read nor build on files that another user of this machine may have written.
+
+    vLLM loads what it compiled from ``VLLM_CACHE_ROOT`` with pickle, whoever that belongs to: where it is not this
+    user's own, or others may write there, nothing is read from it. PyTorch compiles C++ against headers that it keeps
+    in ``/tmp``, under a name that anyone can take first: it compiles without keeping them.
+    """
+    from torch._inductor import config as inductor
+
+    inductor.cpp_cache_precompile_headers = False
+    root = Path(envs.VLLM_CACHE_ROOT)
+    if root.exists() and not is_own(root.stat()):
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+        _log.warning("%s is not this user's alone: the model is compiled anew at every start", root)
 
 
 def _nothing_left(_compiled: Any, _vllm_config: Any) -> None:

@@ -15,12 +15,12 @@ import inspect
 import logging
 from typing import Any
 
+import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
-from loraplex_server.vllm_plugin.cpu.blocks import STAGED
 from loraplex_server.vllm_plugin.cpu.choice import reason_against_native
-from loraplex_server.vllm_plugin.cpu.compiling import keep_compiling, reuse_compiled
+from loraplex_server.vllm_plugin.cpu.compiling import keep_compiling, keep_to_own_files, reuse_compiled
 from loraplex_server.vllm_plugin.cpu.pace import PACE
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
@@ -45,6 +45,7 @@ def install(platform: Any, *, required: bool) -> None:
 
     keep_compiling(platform)
     reuse_compiled()
+    keep_to_own_files()
     stock = mixin.LRUCacheWorkerLoRAManager
     if not hasattr(stock, "makes_native"):
         _expect(stock.__init__, "vllm_config", "device", "embedding_modules", "lora_model_cls")
@@ -111,8 +112,8 @@ def _paced(step: Any) -> Any:
 
 
 def _bound(manager: Any, wanted: Any) -> BoundRequest:
-    block = manager.block(wanted.lora_int_id)
+    block = None if wanted.load_inplace else manager.block(wanted.lora_int_id)
     if block is None:
         block = manager.reader().read(get_adapter_absolute_path(wanted.lora_path))
-        STAGED.put(wanted.lora_int_id, block)
-    return BoundRequest(wanted.lora_name, wanted.lora_int_id, wanted.lora_path, block=block)
+        manager.stage(wanted.lora_int_id, block)
+    return BoundRequest(**msgspec.structs.asdict(wanted), block=block)

@@ -7,8 +7,10 @@ is no other memory to move to, so here
   microseconds, no copy, no padding to the largest rank; vLLM's stacked tensors keep their shapes and take no memory;
 * each wrapped layer holds a `ModuleLora` of its own, which calls one operator with the number of its module, so that
   `torch.compile` sees a constant and nothing changes in its graph when batches, slots or adapters do;
-* vLLM never evicts: an adapter is in memory from its first step until `remove_lora`. The server's books bound how many
-  there are (`adapters.slots`, `adapters.memory_bytes_max`); beyond RESIDENT_MAX loading is refused here.
+* under the server (`loraplex_stage_at`) nothing is evicted: an adapter is in memory from its first step until
+  `remove_lora`. The server's books bound how many there are (`adapters.slots`, `adapters.memory_bytes_max`); beyond
+  RESIDENT_MAX loading is refused here. Under vLLM's own, which keeps no books, the one unused for longest goes when
+  there are `max_cpu_loras`.
 
 One thread, the engine's, owns a manager. `NativeWorkerLoRAManager.reader()` may be used by others.
 """
@@ -58,6 +60,9 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
     """See the module."""
 
     _wrapping = False
+    blocks: dict[int, AdapterBlock]
+    """Of the adapters in memory. vLLM's own cache makes a copy of itself to be looked into, which no other thread may
+    do while it changes; one entry of a dict may be read at any time."""
 
     @property
     def capacity(self) -> int:
@@ -70,6 +75,7 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
         return 1 if self._wrapping else super().lora_slots
 
     def _create_lora_modules(self) -> None:
+        self.blocks = {}
         self._wrapping = True
         try:
             super()._create_lora_modules()
@@ -106,6 +112,7 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
         if len(self._registered_adapters) >= RESIDENT_MAX:
             raise RuntimeError(f"{RESIDENT_MAX} adapters are in memory already")
         self._registered_adapters[lora.id] = lora
+        self.blocks[lora.id] = lora.block
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Give an adapter in memory a slot, the one of the adapter unused for longest if none is free."""
@@ -127,8 +134,26 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
             self.lora_index_to_id[slot] = None
             self.table.unbind(slot)
 
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forget an adapter; whether there was one."""
+        self.blocks.pop(adapter_id, None)
+        return bool(super().remove_adapter(adapter_id))
+
+    def remove_oldest(self) -> int:
+        """Forget the adapter unused for longest, and return its id.
+
+        Raises:
+            KeyError: there is none.
+
+        """
+        for adapter_id in self._registered_adapters.order:
+            self.remove_adapter(adapter_id)
+            return int(adapter_id)
+        raise KeyError("no adapter is in memory")
+
     def remove_all_adapters(self) -> None:
         """Forget every adapter."""
+        self.blocks.clear()
         for slot, lora_id in enumerate(self.lora_index_to_id):
             if lora_id is not None:
                 self.table.unbind(slot)
@@ -171,6 +196,8 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     """vLLM's worker-side manager, over `NativeLoRAModelManager`."""
 
     _manager_cls = NativeLoRAModelManager
+    booked = False
+    """Whether a server keeps books of what is in memory and says what goes."""
 
     def __init__(self, vllm_config: Any, device: torch.device, embedding_modules: Mapping[str, str]) -> None:
         super().__init__(vllm_config, device, embedding_modules, AsStored)
@@ -189,8 +216,21 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def block(self, adapter_id: int) -> AdapterBlock | None:
         """Return what a step with this adapter would bind; None if it would have to read. For any thread."""
-        resident = self._adapter_manager._registered_adapters.cache.get(adapter_id)
-        return resident.block if resident else STAGED.get(adapter_id)
+        block: AdapterBlock | None = self._adapter_manager.blocks.get(adapter_id)
+        return STAGED.get(adapter_id) if block is None else block
+
+    def stage(self, adapter_id: int, block: AdapterBlock) -> None:
+        """Keep what was read for a request until its first step, for others of the same adapter. For any thread.
+
+        Raises:
+            RuntimeError: too many blocks wait.
+
+        """
+        if not self.booked and len(STAGED.ids()) >= self.lora_config.max_cpu_loras:
+            # Of requests that never came to a step, most likely; one that still will has its block with it.
+            for number in STAGED.ids():
+                STAGED.drop(number)
+        STAGED.put(adapter_id, block)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Bring an adapter into memory unless it is there, and give it a slot.
@@ -201,15 +241,23 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
         """
         manager, number = self._adapter_manager, lora_request.lora_int_id
-        if number not in manager._registered_adapters or lora_request.load_inplace:
+        if number not in manager.blocks or lora_request.load_inplace:
             resident = self._load_adapter(lora_request)
             manager.remove_adapter(number)
+            if not self.booked:
+                STAGED.drop(number)
+                while len(manager) >= self.lora_config.max_cpu_loras:
+                    manager.remove_oldest()
             manager.add_adapter(resident)
+        else:
+            manager._registered_adapters.touch(number)
         manager.activate_adapter(number)
         return True
 
     def _load_adapter(self, lora_request: LoRARequest) -> Resident:
-        block = getattr(lora_request, "block", None) or STAGED.get(lora_request.lora_int_id)
+        block = getattr(lora_request, "block", None)
+        if block is None and not lora_request.load_inplace:
+            block = STAGED.get(lora_request.lora_int_id)
         if block is None:
             block = self.reader().read(get_adapter_absolute_path(lora_request.lora_path))
         return Resident(lora_request.lora_int_id, block)
@@ -221,11 +269,11 @@ class NativeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def list_adapters(self) -> set[int]:
         """Adapters in memory, those included that wait for their first step."""
-        return set(self._adapter_manager._registered_adapters) | STAGED.ids()
+        return set(self._adapter_manager.blocks) | STAGED.ids()
 
     def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:  # noqa: ARG002  # vLLM's signature
         """Register an adapter that touches nothing: there is nothing here to warm up by its weights."""
-        if lora_request.lora_int_id in self._adapter_manager._registered_adapters:
+        if lora_request.lora_int_id in self._adapter_manager.blocks:
             return False
         added: bool = self._adapter_manager.add_adapter(Resident(lora_request.lora_int_id, EMPTY))
         return added

@@ -96,9 +96,11 @@ class Pace:
             with self._changed:
                 self._waiting = True
                 self._changed.notify_all()
-                share = min(self._share * (1 + self._backlog()), self._share_max)
-                self._changed.wait_for(lambda: not self._making, max(share * self._step_s, self._least_s))
-                self._waiting = False
+                try:
+                    share = min(self._share * (1 + self._backlog()), self._share_max)
+                    self._changed.wait_for(lambda: not self._making, max(share * self._step_s, self._least_s))
+                finally:
+                    self._waiting = False
         self._stepping = True
         began = time.monotonic()
         try:
@@ -107,6 +109,9 @@ class Pace:
             self._ended = time.monotonic()
             self._step_s = self._ended - began
             self._stepping = False
+            if self._making:
+                with self._changed:
+                    self._changed.notify_all()  # who waits asks again, and does not sleep through a rest
 
 
 PACE: Final = Pace()

@@ -57,6 +57,8 @@ class Regions:
         return None
 
     def _give_back(self, memory: mmap.mmap) -> None:
+        if len(memory) > self._spare_bytes_max:
+            return  # it would only push out what fits
         with self._lock:
             self._spare.append(memory)
             while sum(map(len, self._spare)) > self._spare_bytes_max:

@@ -13,6 +13,7 @@ answer to one question and nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -40,6 +41,13 @@ CONNECTIONS_MAX: Final = 4
 """Connections at the same time; the server needs one."""
 
 _log = logging.getLogger("vllm.loraplex")  # below vLLM's own: it alone has a handler in vLLM's processes
+
+
+SEND_TIMEOUT_S: Final = 10
+"""A connection whose other end has not taken an answer for so long, in seconds, is ended."""
+
+OF_THE_MACHINE: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EINTR})
+"""Errors that say nothing of the adapter."""
 
 
 class Block(Protocol):
@@ -174,16 +182,19 @@ class Staging(Generic[B]):
             self._queue(question, line)
 
     def _queue(self, question: Question, line: _Line) -> None:
+        if refused := self._refused(question, line):
+            line.send(refused)  # not under the lock: the peer may be slow to read
+
+    def _refused(self, question: Question, line: _Line) -> bytes | None:
         with self._lock:
             if question.adapter_id in self._coming or question.adapter_id in self._store.ids():
-                line.send(refusal(question.n, "refused", f"id {question.adapter_id} is taken"))
-                return
+                return refusal(question.n, "refused", f"id {question.adapter_id} is taken")
             try:
                 self._jobs.put_nowait((question, line))
             except queue.Full:
-                line.send(refusal(question.n, "busy", f"{QUEUE_MAX} adapters wait already"))
-                return
+                return refusal(question.n, "busy", f"{QUEUE_MAX} adapters wait already")
             self._coming.add(question.adapter_id)
+        return None
 
     def _make_all(self) -> None:
         while True:
@@ -193,7 +204,8 @@ class Staging(Generic[B]):
             except _StopError:
                 reply = refusal(question.n, "gone", "dropped meanwhile")
             except (ValueError, OSError) as error:
-                reply = refusal(question.n, "refused", error)
+                of_machine = isinstance(error, OSError) and error.errno in OF_THE_MACHINE
+                reply = refusal(question.n, "failed" if of_machine else "refused", error)
             except Exception as error:  # whatever it is, this thread goes on
                 _log.exception("staging: %s could not be made", question.path)
                 reply = refusal(question.n, "failed", type(error).__name__)
@@ -240,11 +252,16 @@ class _Line:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        # Of sending alone (socket(7)): a connection may be silent for as long as nothing is asked.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
 
     def send(self, body: bytes) -> None:
-        """Send an answer, unless nobody is there any more."""
+        """Send an answer, unless nobody is there any more; a connection that does not take it is ended."""
         with self._lock, contextlib.suppress(OSError):
-            self._connection.sendall(body)
+            try:
+                self._connection.sendall(body)
+            except BlockingIOError:  # half an answer may be on its way: nothing can follow it
+                self._connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
