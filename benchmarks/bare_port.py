@@ -24,6 +24,7 @@ from loraplex_server.calls.gate import Gate
 from loraplex_server.identity.authenticator import Authenticator
 from loraplex_server.identity.principals import LOCAL_ADMIN
 from loraplex_server.metrics import Metrics
+from loraplex_server.observability.journey import Journey
 from loraplex_server.ports.ports import Ports
 from loraplex_server.scheduling.scheduler import Scheduler
 
@@ -76,7 +77,7 @@ class _NoGuard(guard.Guard):
                 principal=LOCAL_ADMIN,
                 arrived=time.monotonic(),
                 deadline=deadline,
-                journey=guard.Journey(method=method, call_id=call_id),
+                journey=Journey(method=method, call_id=call_id),
             )
         )
         return await work()

@@ -30,9 +30,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import options
 from benchmarks.models import INIT_STD, SHAPES, Shape
@@ -174,12 +176,12 @@ class Bench:
             y = torch.nn.functional.linear(x[one.in_features], weight)
             add(y, x[one.in_features], number)
 
-    def wrapper(self, wrapper: object, count: int, rows: int = ROWS) -> float:
+    def wrapper(self, wrapper: Any, count: int, rows: int = ROWS) -> float:
         """All LoRA calls of one step through one of vLLM's wrappers."""
         announce(wrapper, self.slots(count, rows))
         return timed(lambda: self._wrapped(wrapper, rows))
 
-    def _wrapped(self, wrapper: object, rows: int) -> None:
+    def _wrapped(self, wrapper: Any, rows: int) -> None:
         stage, x, y = self.stage, self.x[rows], self.y[rows]
         for one, a, b in zip(stage.modules, stage.a, stage.b, strict=True):
             wrapper.add_lora_linear(y[one.width], x[one.in_features], a, b, 1.0, one.out_features)
@@ -208,7 +210,7 @@ def timed(work: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def wrappers() -> dict[str, object]:
+def wrappers() -> dict[str, Any]:
     """Return the pure-torch wrapper and vLLM's own."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -226,13 +228,13 @@ class _Mapping:
     is_prefill: bool = False
 
 
-def announce(wrapper: object, slots: np.ndarray) -> None:
+def announce(wrapper: Any, slots: NDArray[np.int32]) -> None:
     """Tell a wrapper the batch; the adapter in slot n has the id n + 1."""
     ids = tuple(int(slot) + 1 for slot in slots)
     wrapper.update_metadata(_Mapping(ids, ids), list(range(1, ADAPTERS + 1)), ADAPTERS + 1, 1)
 
 
-def one_round(bench: Bench, others: dict[str, object]) -> Iterator[tuple[str, float, str]]:
+def one_round(bench: Bench, others: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
     """Yield name, value and unit of every case."""
     read = bench.read()
     yield "read_gb_s", read, "GB/s"

@@ -95,7 +95,8 @@ class GrpcConnection(asyncio.Protocol):
                 self._data(self._answers[number], payload)
             elif kind == _SETTINGS and not flags & _ACK:
                 self._transport.write(_frame(_SETTINGS, _ACK, 0, b""))
-                self.ready.done() or self.ready.set_result(None)
+                if not self.ready.done():
+                    self.ready.set_result(None)
             elif kind == _PING and not flags & _ACK:
                 self._transport.write(_frame(_PING, _ACK, 0, payload))
             elif kind in (_RST_STREAM, _GOAWAY):

@@ -6,9 +6,10 @@ weights. Written once per directory and reused.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,8 @@ def ensure_adapters(
     targets = [directory / f"adapter-{shape.name}-{kind}-{number}" for number in range(count)]
     for number, target in enumerate(targets):
         if not target.is_dir():
-            _complete(
-                target, lambda path, seed=number: _write_adapter(shape, path, modules, rank=rank, seed=seed)
-            )
+            write = functools.partial(_write_adapter, shape, modules=modules, rank=rank, seed=number)
+            _complete(target, write)
     return targets
 
 
@@ -99,7 +99,7 @@ def size_bytes(paths: Sequence[Path]) -> int:
     return sum((path / "adapter_model.safetensors").stat().st_size for path in paths)
 
 
-def _complete(target: Path, write) -> Path:
+def _complete(target: Path, write: Callable[[Path], object]) -> Path:
     """Write into a directory beside the target and rename it, so that a half-written one is never used."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

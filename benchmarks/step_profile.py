@@ -142,8 +142,9 @@ def measure(
         engines: dict[str, Engine] = {}
         try:
             engines |= {name: Engine(spec, threads=threads) for name, spec in (("off", off), ("on", on))}
-            nobody = [None] * ROWS
-            cases = {"off": ("off", nobody), "idle": ("on", nobody), "mixed16": ("on", list(range(ROWS)))}
+            nobody: list[int | None] = [None] * ROWS
+            everybody: list[int | None] = list(range(ROWS))
+            cases = {"off": ("off", nobody), "idle": ("on", nobody), "mixed16": ("on", everybody)}
             for engine, rows in cases.values():  # warm
                 engines[engine].ask({"rows": rows, "prompt_tokens": PROMPT_TOKENS, "new_tokens": SHORT})
             steps: dict[str, list[Counter[str]]] = {name: [] for name in cases}

@@ -5,7 +5,8 @@
 16 calls at a time, each with the next adapter in turn, so that no adapter comes again before all others did: the worst
 order for a cache. `wsN_ratio` is tokens per second with N times as many adapters as slots over as many as slots. Ours
 is the server's residency over its engine object; stock is the same engine object with vLLM's own wrapper: its calls
-name adapters, and it loads what it has to, into 16 slots. Every adapter was loaded once before it counts.
+name adapters, and it loads what it has to, into 16 slots, or 4 (`stock4_wsN_ratio`: N times 4 adapters over 4). Every
+adapter was loaded once before it counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import options
@@ -21,12 +23,33 @@ from benchmarks.models import SHAPES, ensure_adapters
 from benchmarks.report import Measurement, as_line, as_table, save, summarize
 from benchmarks.served_engine import ServedEngine, ServedSpec
 
-SLOTS = 16
+SLOTS = 16  # a set of 1 is as many adapters
+FEW_SLOTS = 4
 ROWS = 16
 FILES = 16  # adapters beyond these are the same files under other names: other blocks of memory
 RANK = 16
 TIMES = (0.5, 1, 2, 4, 8)
 STOCK_TIMES = (1, 4)  # it takes minutes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One engine: vLLM's wrapper or ours, its slots (0: as the server chooses), and the sets it is asked for."""
+
+    wrapper: str
+    slots: int
+    times: tuple[float, ...]
+
+    def adapters(self, times: float) -> int:
+        """Return how many adapters are in a set."""
+        return int((self.slots or SLOTS) * times)
+
+
+KINDS = {
+    "": Kind("native", 0, TIMES),
+    "stock_": Kind("stock", SLOTS, STOCK_TIMES),
+    "stock4_": Kind("stock", FEW_SLOTS, STOCK_TIMES),
+}
 
 
 def measure(
@@ -37,11 +60,16 @@ def measure(
     adapters = tuple(map(str, ensure_adapters(SHAPES["0.5b"], workdir, count=FILES, rank=RANK)))
     engines: dict[str, ServedEngine] = {}
     try:
-        for name, wrapper in (("", "native"), ("stock_", "stock"))[: 1 + stock]:
-            # Ours chooses its slots itself: at least one for each call of the batch.
-            slots = SLOTS if name else 0
+        for name, kind in KINDS.items() if stock else [("", KINDS[""])]:
             spec = ServedSpec(
-                base, str(workdir), adapters, wrapper, rows=ROWS, rank=RANK, slots=slots, eager=eager
+                base,
+                str(workdir),
+                adapters,
+                kind.wrapper,
+                rows=ROWS,
+                rank=RANK,
+                slots=kind.slots,
+                eager=eager,
             )
             engines[name] = ServedEngine(spec, threads=threads)
             print(f"{name or 'ours'}: {engines[name].started}", file=sys.stderr)
@@ -55,8 +83,8 @@ def _turns(engines: dict[str, ServedEngine], *, rounds: int, calls: int, tokens:
     rates: dict[tuple[str, float], list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for name, engine in engines.items():
-            for times in STOCK_TIMES if name else TIMES:
-                adapters = int(SLOTS * times)
+            for times in KINDS[name].times:
+                adapters = KINDS[name].adapters(times)
                 asked = {"do": "turns", "adapters": adapters, "through_server": not name}
                 # At least once each, or it would be a smaller set.
                 counted = {"calls": max(calls, adapters), "tokens": tokens}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks import report
 from benchmarks.lora_overhead import RATIOS, as_nf4, make_cases, make_compile_cases, summarize_rates
 from benchmarks.models import SHAPES, ensure_adapters, linked_copies
 from benchmarks.step_profile import KINDS, PYTHON, step_times
@@ -84,6 +86,41 @@ def test_a_bar_is_met_on_its_better_side(
 ) -> None:
     (row,) = make_rows(a_result(name, value, target))
     assert row.met is met
+
+
+@pytest.mark.parametrize(
+    ("at_least", "names"),
+    [
+        (True, {*BARS, "ws4_ratio", "vs_peft_mixed", "vs_llamacpp_16"}),
+        (False, {"itl_p99_ratio", "cold_minus_warm_ttft_ms", "cpu100_bytes_ratio"}),
+    ],
+)
+def test_every_bar_of_adapters_has_its_better_side(at_least: bool, names: set[str]) -> None:
+    for name in names:
+        (row,) = make_rows(a_result(name, 2, 1))
+        assert row.met is at_least, name
+
+
+def test_a_commit_is_marked_where_code_differs_from_it_and_not_for_figures_or_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for name in ("code.py", "page.md", "benchmarks/results/old.json"):
+        (tmp_path / name).write_text("before")
+    git("init", "-q"), git("add", "-A")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one")
+    monkeypatch.setattr(report, "RESULTS", results)
+    for name in ("page.md", "benchmarks/results/old.json", "benchmarks/results/new.json"):
+        (tmp_path / name).write_text("after")
+    clean = report._commit()
+    assert clean
+    assert "dirty" not in clean
+    (tmp_path / "code.py").write_text("after")
+    assert report._commit() == f"{clean}-dirty"
 
 
 def test_the_table_shows_the_run_before_with_its_own_mark() -> None:
