@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_client import Client
+from loraplex_server.vllm_plugin.cpu.build import CACHE_ENV, cache_directory
 from tests.e2e.conftest import PROMPT, SIXTEEN, Stage, serving, write_settings
 
 pytestmark = pytest.mark.engine
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.engine
 def test_an_int8_base_serves_adapters_made_for_the_same_base(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(CACHE_ENV, str(cache_directory()))  # compiled already
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stage.toxics.heal()
     stage.publish("acme/on-int8", seed=600)

@@ -39,7 +39,6 @@ def vllm_server(stage: Stage, settings: Path) -> Iterator[tuple[str, Path]]:
     environment = {
         **os.environ,
         "LORAPLEX_RESOLVER": str(settings),
-        "LORAPLEX_CPU_LORA": "grouped",  # the other tests here are served natively
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }

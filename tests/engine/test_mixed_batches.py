@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from loraplex_server.vllm_plugin import CPU_LORA_ENV, NATIVE_WRAPPER, STOCK_WRAPPER
+from loraplex_server.vllm_plugin.cpu.kernels import load
 from tests.engine.mixed_models import ADAPTERS, VOCABULARY, make_adapters, make_base
 from tests.engine.peft_reference import Request, greedy
 
@@ -83,13 +85,22 @@ def run_engine(job: dict[str, Any], directory: Path, wrapper: str) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def ours(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_engine(job, tmp_path_factory.mktemp("ours"), "native")
+def results(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Of both engines, started side by side: each has one thread, and most of a start is waiting for imports."""
+    load()  # once, not by both
+    places = {wrapper: tmp_path_factory.mktemp(wrapper) for wrapper in ("native", "stock")}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(places, pool.map(lambda one: run_engine(job, places[one], one), places), strict=True))
 
 
 @pytest.fixture(scope="module")
-def stock(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_engine(job, tmp_path_factory.mktemp("stock"), "stock")
+def ours(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return results["native"]
+
+
+@pytest.fixture(scope="module")
+def stock(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return results["stock"]
 
 
 def test_each_adapter_changes_the_answer_so_that_a_mix_up_would_be_seen(job, peft_tokens):
