@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,18 +193,44 @@ def test_compiled_graphs_on_disk_are_found_by_a_hash_of_our_code_and_can_be_read
     assert compiled(1) == 2
 
 
-@pytest.mark.parametrize(("mode", "read"), [(0o700, True), (0o755, True), (0o775, False), (0o777, False)])
-def test_nothing_compiled_is_read_from_where_others_may_write(monkeypatch, tmp_path, mode, read):
+@pytest.mark.parametrize(("mode", "used"), [(0o700, True), (0o755, True), (0o775, False), (0o777, False)])
+def test_nothing_compiled_is_read_from_where_others_may_write(monkeypatch, tmp_path, mode, used):
     from torch._inductor import config as inductor
+    from torch._inductor.runtime import cache_dir_utils
     from vllm import envs
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    compiled, headers = tmp_path / "vllm", tmp_path / "headers"
+    for directory in (compiled, headers):
+        directory.mkdir()
+        directory.chmod(mode)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(compiled))
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
-    tmp_path.chmod(mode)
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(headers))
     with inductor.patch(cpp_cache_precompile_headers=True):
         compiling.keep_to_own_files()
-        assert envs.VLLM_DISABLE_COMPILE_CACHE is not read
-        assert not inductor.cpp_cache_precompile_headers
+        assert envs.VLLM_DISABLE_COMPILE_CACHE is not used
+        assert inductor.cpp_cache_precompile_headers is used
+        assert os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == str(int(used))
+
+
+def test_headers_are_kept_in_a_directory_that_was_made_for_them_alone_and_not_behind_a_link(
+    monkeypatch, tmp_path
+):
+    from torch._inductor import codecache, config
+    from torch._inductor.runtime import cache_dir_utils
+
+    assert Path(codecache._HEADER_DIR).parent == Path(cache_dir_utils.default_cache_dir())
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path / "new"))
+    with config.patch(cpp_cache_precompile_headers=True):
+        compiling.keep_to_own_files()
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+        assert config.cpp_cache_precompile_headers
+        (tmp_path / "link").symlink_to(tmp_path / "new")
+        monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path / "link"))
+        compiling.keep_to_own_files()
+        assert not config.cpp_cache_precompile_headers
 
 
 def test_the_settings_are_put_back_when_vllm_refuses_them(platform):

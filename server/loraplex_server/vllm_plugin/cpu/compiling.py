@@ -16,11 +16,13 @@ What is read back is code: `keep_to_own_files` sees to it that nobody else can h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,15 +81,33 @@ def keep_to_own_files() -> None:
 
     vLLM loads what it compiled from ``VLLM_CACHE_ROOT`` with pickle, whoever that belongs to: where it is not this
     user's own, or others may write there, nothing is read from it. PyTorch compiles C++ against headers that it keeps
-    in ``/tmp``, under a name that anyone can take first: it compiles without keeping them.
+    in ``/tmp``, under a name that anyone can take first: where someone has, it compiles without keeping them, which
+    takes up to twice as long.
     """
     from torch._inductor import config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    inductor.cpp_cache_precompile_headers = False
+    headers = Path(default_cache_dir())
+    if not _made_or_own(headers):
+        inductor.cpp_cache_precompile_headers = False
+        os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = (
+            "0"  # for processes of its own that it compiles in
+        )
+        _log.warning("%s is not this user's alone: compiling takes longer without it", headers)
     root = Path(envs.VLLM_CACHE_ROOT)
     if root.exists() and not is_own(root.stat()):
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
         _log.warning("%s is not this user's alone: the model is compiled anew at every start", root)
+
+
+def _made_or_own(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        directory.mkdir(mode=0o700)
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    return is_own(status) and not stat.S_ISLNK(status.st_mode)
 
 
 def _nothing_left(_compiled: Any, _vllm_config: Any) -> None:
