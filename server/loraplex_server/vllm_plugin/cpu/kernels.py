@@ -62,6 +62,7 @@ _SIGNATURES: Final[Mapping[str, Signature]] = {
     "lp_unbind": (INT, (POINTER, INT)),
     "lp_rows": (INT, (POINTER, INT, POINTER, LONG)),
     "lp_add": (INT, (POINTER, INT, INT, POINTER, LONG, POINTER, LONG, LONG, INT)),
+    "lp_any_beside": (INT, (POINTER,)),
     "lp_add_beside": (INT, (POINTER, INT, POINTER, LONG, POINTER, LONG, LONG, INT, POINTER, POINTER)),
     "lp_add_embedding": (INT, (POINTER, INT, POINTER, LONG, POINTER, LONG, INT)),
     "lp_packed_b_bytes": (LONG, (LONG, LONG, INT)),
@@ -183,6 +184,7 @@ class Table:
         self._many_from = many_rows.MANY_ROWS * many_rows.useful(dtype) if many_from is None else many_from
         self._many: list[many_rows.Group] = []
         self._n_tokens = 0
+        self._along = False  # some rows of the step would go along with a linear layer
         self._beside, self._left = ctypes.c_void_p(), ctypes.c_int()
         self._beside_at, self._left_at = ctypes.byref(self._beside), ctypes.byref(self._left)
         self.idle = [True, True]  # per kind: no row wants an adapter
@@ -231,6 +233,8 @@ class Table:
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         self.idle[kind] = True
         _check(self._library.lp_rows(self._table, kind, slots.ctypes.data, len(slots)))
+        if kind == TOKENS:
+            self._along = bool(self._library.lp_any_beside(self._table))
         if kind == TOKENS and self._many_from:
             self._n_tokens = len(slots)
             rest, self._many = many_rows.split(slots, self._many_from)
@@ -271,7 +275,7 @@ class Table:
         """
         if self.idle[TOKENS]:
             return None, None
-        if self._many:
+        if self._many or not self._along:
             return None, TOKENS
         error = self._library.lp_add_beside(
             self._table, module, *self._fitting(module, y, x), self._beside_at, self._left_at

@@ -160,6 +160,9 @@ int lp_add(void* table, int module, int kind, void* y, int64_t y_stride, const v
     });
 }
 
+// 1 where some of the tokens announced would go along with a linear layer (lp_add_beside), 0 where none would.
+int lp_any_beside(void* table) { return table && any_beside(*static_cast<Table*>(table)); }
+
 // As lp_add for tokens, beside the linear layer of the same x and y: `*beside` is what that layer is to be given, valid
 // until the next call for the table; null for nothing. `*left` is 1 where there is more to be added afterwards: by lp_add
 // for kind LEFT, or, with nothing to go along, TOKENS. It all gives the same to the bit.

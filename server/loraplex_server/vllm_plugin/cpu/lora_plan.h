@@ -178,12 +178,16 @@ void run(Table& table, const Call& call, double cost) {
 
 // Going along with a linear layer: its threads do the first phase before they begin, and the second for columns of y that
 // one of them has just written, which are in its cache then.
+bool any_beside(const Table& table) {
+    const Rows& rows = table.rows[TOKENS];
+    return table.type == BF16 &&
+           std::any_of(rows.groups.begin(), rows.groups.end(), [&](const Group& one) { return goes_beside(rows, one); });
+}
+
 bool fits_beside(const Table& table, const Module& module) {
-    if (table.type != BF16) return false;
     for (const Slice& slice : module.slices)
         if (slice.column % kBesideColumns) return false;
-    const Rows& rows = table.rows[TOKENS];
-    return std::any_of(rows.groups.begin(), rows.groups.end(), [&](const Group& one) { return goes_beside(rows, one); });
+    return any_beside(table);
 }
 
 void before(void* table) { shrink_all(*static_cast<Table*>(table), static_cast<Table*>(table)->call); }
