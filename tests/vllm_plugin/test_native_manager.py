@@ -167,6 +167,20 @@ def test_without_a_servers_books_the_adapter_unused_for_longest_goes(manager, di
         assert manager.list_adapters() == set(rows)
 
 
+def test_a_pinned_adapter_stays_and_one_too_many_is_refused_by_name(manager, directory):
+    manager.booked = False
+    for number in (1, 2, 3):
+        step(manager, directory, [number])
+    manager.pin_adapter(1)
+    step(manager, directory, [4])
+    assert manager.list_adapters() == {1, 3, 4}
+    manager.pin_adapter(3)
+    manager.pin_adapter(4)
+    with pytest.raises(RuntimeError, match="pinned: raise max_cpu_loras"):
+        manager.add_adapter(request(directory, 2))
+    assert manager.list_adapters() == {1, 3, 4}
+
+
 def test_without_a_servers_books_what_was_read_for_requests_that_never_ran_does_not_pile_up(
     manager, directory
 ):

@@ -130,9 +130,8 @@ def build(
     with ThreadPoolExecutor(1, thread_name_prefix="loraplex-build") as helper:
         second = helper.submit(fill, places[half:])
         binding = Binding.of([*fill(places[:half]), *second.result()], keep=memory)
-        return AdapterBlock(
-            binding, memory.untyped_storage().nbytes()
-        )  # memory used again may be more than asked for
+        held = memory.untyped_storage().nbytes()  # memory that is used again may be more than asked for
+        return AdapterBlock(binding, held)
 
 
 def _lay_out(

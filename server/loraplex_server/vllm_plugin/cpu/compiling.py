@@ -94,15 +94,21 @@ def keep_to_own_files() -> None:
             "0"  # for processes of its own that it compiles in
         )
         _log.warning("%s is not this user's alone: compiling takes longer without it", headers)
-    root = Path(envs.VLLM_CACHE_ROOT)
-    if root.exists() and not is_own(root.stat()):
+    root = Path(envs.VLLM_CACHE_ROOT).resolve()  # a link is the user's own business; what it leads to counts
+    if not _made_or_own(root):
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
-        _log.warning("%s is not this user's alone: the model is compiled anew at every start", root)
+        _log.warning(
+            "%s can be written by others (chmod go-w) or is not this user's: the model is compiled anew at every "
+            "start; VLLM_CACHE_ROOT names another directory",
+            root,
+        )
 
 
 def _made_or_own(directory: Path) -> bool:
     with contextlib.suppress(OSError):
-        directory.mkdir(mode=0o700)
+        directory.mkdir(
+            mode=0o700, parents=True
+        )  # vLLM would make it for the group as well, where the umask is 002
     try:
         status = directory.lstat()
     except OSError:

@@ -142,9 +142,9 @@ int lp_add(void* table, int module, int kind, void* y, int64_t y_stride, const v
     if (kind == LEFT) kind = TOKENS;
     return guarded([&]() -> int {
         Table& own = *static_cast<Table*>(table);
-        if (module < 0 || size_t(module) >= own.modules.size()) return NO_MODULE;
-        Module& one = own.modules[size_t(module)];
-        if (one.slices.empty()) return NO_MODULE;
+        Module* const described = module_of(own, module);
+        if (!described) return NO_MODULE;
+        Module& one = *described;
         if (own.rows[kind].groups.empty()) return OK;
         if (type != own.type) return WRONG_TYPE;
         const int error = collect(own, one, kind, n_rows, which);
@@ -173,15 +173,16 @@ int lp_add_beside(void* table, int module, void* y, int64_t y_stride, const void
     *left = 0;
     return guarded([&]() -> int {
         Table& own = *static_cast<Table*>(table);
-        if (module < 0 || size_t(module) >= own.modules.size()) return NO_MODULE;
-        Module& one = own.modules[size_t(module)];
-        if (one.slices.empty()) return NO_MODULE;
+        Module* const described = module_of(own, module);
+        if (!described) return NO_MODULE;
+        Module& one = *described;
         if (own.rows[TOKENS].groups.empty()) return OK;
         if (type != own.type) return WRONG_TYPE;
         const Rows& rows = own.rows[TOKENS];
-        *left = !fits_beside(own, one) || !std::all_of(rows.groups.begin(), rows.groups.end(),
-                                                       [&](const Group& group) { return goes_beside(rows, group); });
-        if (!fits_beside(own, one)) return OK;
+        const bool fits = fits_beside(own, one);
+        *left = !fits || !std::all_of(rows.groups.begin(), rows.groups.end(),
+                                      [&](const Group& group) { return goes_beside(rows, group); });
+        if (!fits) return OK;
         const int error = collect(own, one, TOKENS, n_rows, Which::BESIDE);
         if (error) return error;
         if (!y || !x) return BAD_ARGUMENT;
@@ -203,9 +204,9 @@ int lp_add_embedding(void* table, int module, void* y, int64_t y_stride, const i
     if (!table || n_rows < 0 || n_rows > ROWS_MAX) return BAD_ARGUMENT;
     return guarded([&]() -> int {
         Table& own = *static_cast<Table*>(table);
-        if (module < 0 || size_t(module) >= own.modules.size()) return NO_MODULE;
-        Module& one = own.modules[size_t(module)];
-        if (one.slices.empty()) return NO_MODULE;
+        Module* const described = module_of(own, module);
+        if (!described) return NO_MODULE;
+        Module& one = *described;
         if (own.rows[TOKENS].groups.empty()) return OK;
         if (type != own.type) return WRONG_TYPE;
         const int error = collect(own, one, TOKENS, n_rows);

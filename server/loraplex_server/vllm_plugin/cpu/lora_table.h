@@ -118,6 +118,13 @@ struct Table {
     Beside beside = {};
 };
 
+// A module that has been described; null where there is none of that number.
+Module* module_of(Table& table, int module) {
+    if (module < 0 || size_t(module) >= table.modules.size()) return nullptr;
+    Module& one = table.modules[size_t(module)];
+    return one.slices.empty() ? nullptr : &one;
+}
+
 int set_rows(Table& table, Rows& rows, const int32_t* slot_of_row, int64_t n_rows) {
     rows.n = 0;
     rows.uniform = false;

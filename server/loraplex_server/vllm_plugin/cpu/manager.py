@@ -143,13 +143,15 @@ class NativeLoRAModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]  #
         """Forget the adapter unused for longest, and return its id.
 
         Raises:
-            KeyError: there is none.
+            RuntimeError: there is none but pinned ones.
 
         """
-        for adapter_id in self._registered_adapters.order:
-            self.remove_adapter(adapter_id)
-            return int(adapter_id)
-        raise KeyError("no adapter is in memory")
+        known = self._registered_adapters
+        oldest = next((one for one in known.order if one not in known.pinned_items), None)
+        if oldest is None:
+            raise RuntimeError(f"all {len(known)} adapters in memory are pinned: raise max_cpu_loras")
+        self.remove_adapter(oldest)
+        return int(oldest)
 
     def remove_all_adapters(self) -> None:
         """Forget every adapter."""

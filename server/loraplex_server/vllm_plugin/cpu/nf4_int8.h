@@ -138,9 +138,7 @@ struct ProductOfBytes {
       float* sums = static_cast<float*>(sum_scratch.of(rows.count * kDouble * 4));
       rows.before();
       if (sums) {
-        for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) {
-          run_double(number, tiles, x, sums);
-        }
+        for (int64_t number; (number = next.fetch_add(1)) < doubles_of(w.n);) run_double(number, tiles, x, sums);
       } else {
         done = false;
       }
